@@ -1,0 +1,138 @@
+"""The compiled floor: arrays in, geometry and pointers down. Private; the public face is ``fastbn``.
+
+Everything here checks its arguments (this is the last place Python can reach) and raises ValueError or TypeError that
+names the argument, before anything is written. ``x`` is whatever ``fastbn._functional`` documents; parameters are 1-D
+float arrays of one element per channel, or None. ``weight``/``bias`` None means ones/zeros.
+"""
+
+from typing import Any
+
+import numpy as np
+
+_Array = np.ndarray[Any, Any]
+_Params = _Array | None
+
+class Saved:
+    """What a forward leaves for its backward: the statistics, the call's settings, and the gate where one is needed.
+
+    Immutable. ``count`` is the number of elements per channel, and 0 where the statistics were constants (inference).
+    """
+
+    count: int
+    eps: float
+    channel_axis: int
+    activation: str | None
+    negative_slope: float
+    has_residual: bool
+    @property
+    def mean(self) -> _Array: ...  # float64 (C,), read-only
+    @property
+    def var(self) -> _Array: ...  # float64 (C,), biased, read-only
+
+class Prepared:
+    """One channel-wise affine map made ready once; immutable, thread-safe."""
+
+    def __init__(
+        self,
+        dtype: np.dtype[Any],
+        mean: _Array,
+        var: _Array,
+        weight: _Params,
+        bias: _Params,
+        eps: float,
+        channel_axis: int,
+        activation: str | None,
+        negative_slope: float,
+    ) -> None: ...
+    def __call__(self, x: Any, residual: Any = None, out: _Array | None = None) -> _Array: ...
+
+def forward(
+    x: Any,
+    weight: _Params,
+    bias: _Params,
+    eps: float,
+    channel_axis: int,
+    activation: str | None,
+    negative_slope: float,
+    residual: Any,
+    out: _Array | None,
+) -> tuple[_Array, Saved]: ...
+
+# The running statistics take part in the checks of forward_train, and are written last, both or neither:
+# running = (1 - momentum) * running + momentum * batch, with the unbiased variance. Strided arrays are fine.
+def forward_train(
+    x: Any,
+    running_mean: _Params,
+    running_var: _Params,
+    weight: _Params,
+    bias: _Params,
+    momentum: float,
+    eps: float,
+    channel_axis: int,
+    activation: str | None,
+    negative_slope: float,
+    residual: Any,
+    out: _Array | None,
+) -> tuple[_Array, Saved]: ...
+def normalize(
+    x: Any,
+    mean: _Array,
+    var: _Array,
+    weight: _Params,
+    bias: _Params,
+    eps: float,
+    channel_axis: int,
+    activation: str | None,
+    negative_slope: float,
+    residual: Any,
+    out: _Array | None,
+) -> _Array: ...
+
+# normalize that can be differentiated: Saved.count is 0.
+def forward_eval(
+    x: Any,
+    mean: _Array,
+    var: _Array,
+    weight: _Params,
+    bias: _Params,
+    eps: float,
+    channel_axis: int,
+    activation: str | None,
+    negative_slope: float,
+    residual: Any,
+    out: _Array | None,
+) -> tuple[_Array, Saved]: ...
+
+# (dx, dweight, dbias, dresidual or None). weight and bias are the forward's. dweight and dbias come in weight's dtype,
+# or in the parameter dtype of x (float64 for float64 data, else float32) where weight is None.
+def backward(
+    grad_output: Any, x: Any, saved: Saved, weight: _Params, bias: _Params, out: _Array | None
+) -> tuple[_Array, _Array, _Array, _Array | None]: ...
+def moments(x: Any, channel_axis: int) -> tuple[int, _Array, _Array, _Array]: ...  # count, mean, mean_lo, m2
+def backward_reduce(grad_output: Any, x: Any, mean: _Array, channel_axis: int) -> tuple[_Array, _Array]: ...
+def backward_apply(
+    grad_output: Any,
+    x: Any,
+    mean: _Array,
+    var: _Array,
+    weight: _Params,
+    sum_dy: _Array,
+    sum_dy_xmu: _Array,
+    count: float,
+    eps: float,
+    channel_axis: int,
+    out: _Array | None,
+) -> _Array: ...
+def set_num_threads(n: int) -> None: ...
+def get_num_threads() -> int: ...
+def isa() -> str: ...  # the tier in use
+def isas() -> tuple[str, ...]: ...  # the tiers this machine can run, best first
+def built_isas() -> tuple[str, ...]: ...  # the tiers compiled in
+def use_isa(name: str) -> None: ...  # for tests: change the tier
+def parallel_runtime() -> str: ...  # "openmp" or "serial"
+def parallel_counters() -> dict[str, int]: ...
+def machine() -> dict[str, int]: ...  # cache sizes the plan works with, bytes
+
+# The plan's decisions for a call, without running it.
+def plan(op: str, dtype: str, family: str, outer: int, channels: int, inner: int, threads: int) -> dict[str, Any]: ...
+def copy(src: _Array, dst: _Array, threads: int) -> None: ...  # the streaming copy: contiguous, same size in bytes
