@@ -1,0 +1,109 @@
+/* channel.h -- the mathematics of one channel, in float64: where blocks begin and end, how their moments merge, and
+ * the coefficients of the apply steps.
+ */
+#ifndef FASTBN_CHANNEL_H
+#define FASTBN_CHANNEL_H
+
+#include <math.h>
+#include <stdint.h>
+
+/* Moments of a set of numbers. The mean is the unevaluated sum mean + lo: with |mean| >> sigma one double is not enough
+ * for float64 data. */
+typedef struct {
+    double count, mean, lo, m2;
+} fbn_moment;
+
+/* Exact: *hi + *lo = a + b (Knuth's two-sum). */
+static inline void fbn_two_sum(double a, double b, double *hi, double *lo)
+{
+    double sum = a + b;
+    double t = sum - a;
+    *lo = (a - (sum - t)) + (b - t);
+    *hi = sum;
+}
+
+/* Moments of `count` numbers from s = sum (x - pivot) and q = sum (x - pivot)^2. The pivot is one of the numbers, which
+ * bounds the cancellation and makes a constant block exact. */
+static inline void fbn_moment_of_block(double count, double pivot, double s, double q, double *mean, double *lo, double *m2)
+{
+    double shift = s / count;
+    double rest = q - s * shift;
+    *m2 = rest < 0.0 ? 0.0 : rest;
+    fbn_two_sum(pivot, shift, mean, lo);
+}
+
+/* Chan, Golub & LeVeque (1979): moments of the union of two disjoint sets, the second being `share` of the union and
+ * `weight` = na * nb / (na + nb). */
+static inline void fbn_merge_into(double *mean, double *lo, double *m2, double share, double weight, double mean_b,
+                                  double lo_b, double m2_b)
+{
+    double delta = (mean_b - *mean) + (lo_b - *lo);
+    *m2 += m2_b + delta * delta * weight;
+    fbn_two_sum(*mean, *lo + delta * share, mean, lo);
+}
+
+static inline fbn_moment fbn_merge(fbn_moment a, fbn_moment b)
+{
+    if (a.count == 0.0 || b.count == 0.0) {
+        return a.count == 0.0 ? b : a;
+    }
+    double count = a.count + b.count;
+    double share = b.count / count;
+    fbn_merge_into(&a.mean, &a.lo, &a.m2, share, a.count * share, b.mean, b.lo, b.m2);
+    a.count = count;
+    return a;
+}
+
+/* A pivot must not turn finite neighbours into NaN. */
+static inline double fbn_pivot(double x)
+{
+    return isfinite(x) ? x : 0.0;
+}
+
+/* The blocks of a channel in the rows family: whole planes together where a plane is short, even pieces of a plane
+ * where it is long. They follow from the geometry alone: never from threads, caches or the ISA. */
+enum { FBN_BLOCK = 4096, FBN_BLOCK_ROWS = 512, FBN_STRIP_ROWS = 256, FBN_STRIPS = 128, FBN_TASKS = 1024 };
+
+typedef struct {
+    int64_t planes;    /* planes in a block, where pieces is 1 */
+    int64_t pieces;    /* blocks in a plane, where planes is 1 */
+    int64_t piece_len; /* elements of a piece: a multiple of 16, but for the last */
+    int64_t count;     /* blocks in a channel */
+    int64_t strips;    /* runs of blocks that may go to different threads */
+} fbn_blocks;
+
+static inline int64_t fbn_ceil_div(int64_t a, int64_t b)
+{
+    return a / b + (a % b != 0);
+}
+
+static inline int64_t fbn_clamp(int64_t x, int64_t low, int64_t high)
+{
+    return x < low ? low : x > high ? high : x;
+}
+
+static inline fbn_blocks fbn_blocks_rows(int64_t outer, int64_t channels, int64_t inner)
+{
+    fbn_blocks b;
+    b.pieces = fbn_ceil_div(inner, FBN_BLOCK);
+    b.piece_len = fbn_ceil_div(fbn_ceil_div(inner, b.pieces), 16) * 16;
+    b.pieces = fbn_ceil_div(inner, b.piece_len);
+    b.planes = b.pieces > 1 ? 1 : fbn_clamp(FBN_BLOCK / inner, 1, outer);
+    b.count = fbn_ceil_div(outer, b.planes) * b.pieces;
+    b.strips = fbn_clamp(fbn_ceil_div(FBN_TASKS, channels), 1, b.count);
+    return b;
+}
+
+/* The cols family: strips of rows; within a strip, blocks of FBN_BLOCK_ROWS rows. */
+static inline int64_t fbn_strips_cols(int64_t rows)
+{
+    return fbn_clamp(rows / FBN_STRIP_ROWS, 1, FBN_STRIPS);
+}
+
+/* The i-th of n even parts of `total` begins here; the same rule cuts strips and the shares of threads. */
+static inline int64_t fbn_part(int64_t total, int64_t i, int64_t n)
+{
+    return total / n * i + (total % n < i ? total % n : i);
+}
+
+#endif

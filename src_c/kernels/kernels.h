@@ -1,0 +1,83 @@
+/* kernels.h -- the registry: every operation, every dtype, and the table that each ISA exports.
+ *
+ * To add an operation: a line in FBN_OPS and its body in a template of this folder. To add a dtype: a line in
+ * FBN_DTYPES_EACH and a section in template.inc. To add an ISA: a header in simd/, a file in isa/, a line in dispatch.c.
+ */
+#ifndef FASTBN_KERNELS_H
+#define FASTBN_KERNELS_H
+
+#include "channel.h"
+#include "fastbn.h"
+
+/* What an apply step multiplies by and adds, in the dtype of the arithmetic: arrays over channels in the cols family,
+ * pointers to one element in the rows family.
+ *
+ *   d  = x * unit - mean          unit is 1, or a small power of two where x - mean would overflow
+ *   z  = d * scale + shift        before the activation
+ *   dx = (dz + d * slope) * gain + offset
+ */
+typedef struct {
+    double unit;
+    const void *neg_mean, *scale, *shift, *slope, *gain, *offset;
+} fbn_coef;
+
+/* An activation passes z in (0, upper), is constant above, and multiplies by `negative` below. */
+typedef struct {
+    int kind; /* fbn_activation */
+    double upper, negative;
+} fbn_gate_rule;
+
+/* What an apply step reads and writes beside x. Strides in elements; gate_stride in 16-bit words. */
+typedef struct {
+    const void *x, *other; /* other: the residual of normalize, dy of backward_apply */
+    void *y, *extra;       /* extra: the dresidual of backward_apply */
+    uint16_t *gate;        /* a bit an element: set where the gradient passes unscaled */
+    int64_t x_stride, other_stride, y_stride, extra_stride, gate_stride;
+    int64_t rows, width; /* rows of `width` elements; the rows family has one row a call */
+    int64_t ahead;       /* bytes from x to what is wanted in cache next; 0 for nothing */
+    int64_t other_ahead;
+    int stream; /* write y past the cache */
+} fbn_span;
+
+#define FBN_OPS(OP)                                                                                                    \
+    /* Moments of blocks [first, last) of one channel. */                                                             \
+    OP(moments_rows, (const void *x, int64_t outer_stride, int64_t outer, int64_t inner, const fbn_blocks *blocks,     \
+                      int64_t first, int64_t last, int64_t ahead, fbn_moment *out))                                    \
+    /* Moments of `rows` rows of `width` channels. */                                                                  \
+    OP(moments_cols, (const void *x, int64_t stride, int64_t rows, int64_t width, double *mean, double *lo,            \
+                      double *m2))                                                                                     \
+    /* y = act((x - mean) * scale + shift + residual) */                                                               \
+    OP(normalize_rows, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                     \
+    OP(normalize_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                     \
+    /* sum dz and sum dz * (x - mean[c]) over the same blocks and rows as the moments */                               \
+    OP(backward_reduce_rows, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule, int64_t outer,                 \
+                              const fbn_blocks *blocks, int64_t first, int64_t last, const double *mean,               \
+                              double *sum_dy, double *sum_dy_xmu))                                                     \
+    OP(backward_reduce_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule, const double *mean,            \
+                              double *sum_dy, double *sum_dy_xmu))                                                                        \
+    /* dx = (dz + (x - mean) * slope) * gain + offset */                                                               \
+    OP(backward_apply_rows, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                \
+    OP(backward_apply_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                \
+    /* bytes past the cache; both aligned to 64, bytes a multiple of 64 */                                             \
+    OP(copy, (const void *src, void *dst, int64_t bytes))
+
+#define FBN_DTYPES_EACH(DT) DT(f32, FBN_F32) DT(f64, FBN_F64) DT(f16, FBN_F16) DT(bf16, FBN_BF16)
+
+#define FBN_FIELD(op, args) void(*op) args;
+typedef struct {
+    FBN_OPS(FBN_FIELD)
+} fbn_kernels;
+#undef FBN_FIELD
+
+typedef struct {
+    const char *name;
+    fbn_kernels of[FBN_DTYPE_COUNT];
+} fbn_isa;
+
+/* Names read op_family_dtype_isa. */
+#define FBN_JOIN_(op, dtype, isa) op##_##dtype##_##isa
+#define FBN_JOIN(op, dtype, isa) FBN_JOIN_(op, dtype, isa)
+
+extern const fbn_isa fbn_isa_scalar, fbn_isa_avx2, fbn_isa_avx512, fbn_isa_neon;
+
+#endif
