@@ -5,6 +5,7 @@
 #define FASTBN_CHANNEL_H
 
 #include <math.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 /* Moments of a set of numbers. The mean is the unevaluated sum mean + lo: with |mean| >> sigma one double is not enough
@@ -52,6 +53,52 @@ static inline fbn_moment fbn_merge(fbn_moment a, fbn_moment b)
     fbn_merge_into(&a.mean, &a.lo, &a.m2, share, a.count * share, b.mean, b.lo, b.m2);
     a.count = count;
     return a;
+}
+
+/* What an arithmetic of limited range needs to know about itself. */
+typedef struct {
+    double huge;     /* x - mean cannot overflow while |mean| is below */
+    double smallest; /* normal number */
+    double unit;     /* scales numbers beyond `huge` back into range */
+} fbn_range;
+
+/* Coefficients of z = (x * unit + neg_mean) * scale + shift and of dx = (dz + d * slope) * gain + offset. */
+typedef struct {
+    double unit, neg_mean, scale, shift, slope, gain, offset;
+} fbn_channel_coef;
+
+/* Ioffe & Szegedy (2015), Alg. 1: (x - mean) / sqrt(var + eps) * weight + bias, with the mean split into what the
+ * arithmetic can subtract exactly (`hi`, the mean rounded to it) and a rest that goes into the shift: a folded
+ * x * scale + shift would lose |mean| / sigma ulps. d = x - hi is scaled by a power of two where it could overflow, or
+ * where the scale would be subnormal: slow on many CPUs, and short of digits. A subnormal rest is no loss at all.
+ * For batch statistics an inverse of 0 stands for 1 / sqrt(0), so that a constant channel is its bias for any eps. */
+static inline fbn_channel_coef fbn_affine_of(double mean, double lo, double hi, double var, double weight, double bias,
+                                             double eps, bool batch, const fbn_range *range)
+{
+    double deviation = sqrt(var + eps);
+    double inverse = batch && deviation == 0.0 ? 0.0 : 1.0 / deviation;
+    double gain = weight * inverse;
+    double rest = (mean - hi) + lo;
+    bool far = fabs(mean) > range->huge || (gain != 0.0 && fabs(gain) < range->smallest);
+    double unit = far ? range->unit : 1.0;
+    double scale = gain / unit;
+    fbn_channel_coef c = {.unit = unit, .neg_mean = -(hi * unit), .gain = gain};
+    c.scale = fabs(scale) < range->smallest ? 0.0 : scale;
+    c.shift = bias - (rest == 0.0 ? 0.0 : rest * gain);
+    return c;
+}
+
+/* The backward's: dx = gain * (dz - sum_dy / n - (x - mean) * sum_dy_xmu / (n * (var + eps))). */
+static inline void fbn_backward_of(fbn_channel_coef *c, double mean, double lo, double hi, double var, double eps,
+                                   double sum_dy, double sum_dy_xmu, double count)
+{
+    if (count == 0.0 || c->gain == 0.0) {
+        c->slope = c->offset = 0.0; /* constant statistics; or nothing passes */
+        return;
+    }
+    double slope = sum_dy_xmu / count / (var + eps);
+    c->slope = -slope / c->unit;
+    c->offset = c->gain * (((mean - hi) + lo) * slope - sum_dy / count);
 }
 
 /* A pivot must not turn finite neighbours into NaN. */

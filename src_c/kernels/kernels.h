@@ -9,16 +9,17 @@
 #include "channel.h"
 #include "fastbn.h"
 
-/* What an apply step multiplies by and adds, in the dtype of the arithmetic: arrays over channels in the cols family,
- * pointers to one element in the rows family.
+/* What an apply step multiplies by and adds, in the dtype of the arithmetic: arrays over channels in the cols family
+ * (readable for FBN_COEF_PAD elements past the last channel), pointers to one element in the rows family.
  *
- *   d  = x * unit - mean          unit is 1, or a small power of two where x - mean would overflow
+ *   d  = x * unit - mean          unit NULL is 1; see fbn_affine_of for when it is not
  *   z  = d * scale + shift        before the activation
  *   dx = (dz + d * slope) * gain + offset
  */
+enum { FBN_COEF_PAD = 32 };
+
 typedef struct {
-    double unit;
-    const void *neg_mean, *scale, *shift, *slope, *gain, *offset;
+    const void *unit, *neg_mean, *scale, *shift, *slope, *gain, *offset;
 } fbn_coef;
 
 /* An activation passes z in (0, upper), is constant above, and multiplies by `negative` below. */
@@ -59,7 +60,9 @@ typedef struct {
     OP(backward_apply_rows, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                \
     OP(backward_apply_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                \
     /* bytes past the cache; both aligned to 64, bytes a multiple of 64 */                                             \
-    OP(copy, (const void *src, void *dst, int64_t bytes))
+    OP(copy, (const void *src, void *dst, int64_t bytes))                                                              \
+    /* makes streamed stores visible to other threads */                                                              \
+    OP(fence, (void))
 
 #define FBN_DTYPES_EACH(DT) DT(f32, FBN_F32) DT(f64, FBN_F64) DT(f16, FBN_F16) DT(bf16, FBN_BF16)
 

@@ -1,0 +1,130 @@
+/* coef.c -- fills the coefficient arrays. */
+#include "coef.h"
+
+#include <float.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { FBN_UNIT, FBN_NEG_MEAN, FBN_SCALE, FBN_SHIFT, FBN_SLOPE, FBN_GAIN, FBN_OFFSET, FBN_COEF_COUNT };
+
+static bool fbn_is_wide(fbn_dtype dtype)
+{
+    return dtype == FBN_F64;
+}
+
+static size_t fbn_coef_size(fbn_dtype dtype)
+{
+    return fbn_is_wide(dtype) ? sizeof(double) : sizeof(float);
+}
+
+static const fbn_range *fbn_range_of(fbn_dtype dtype)
+{
+    static const fbn_range narrow = {0x1p100, FLT_MIN, 0x1p-24};
+    static const fbn_range wide = {0x1p960, DBL_MIN, 0x1p-60};
+    return fbn_is_wide(dtype) ? &wide : &narrow;
+}
+
+double fbn_round_mean(fbn_dtype dtype, double mean)
+{
+    return fbn_is_wide(dtype) ? mean : (double)(float)mean;
+}
+
+static char *fbn_coef_array(const fbn_coefs *c, int which)
+{
+    return (char *)c->memory + (size_t)which * (size_t)(c->width + FBN_COEF_PAD) * fbn_coef_size(c->dtype);
+}
+
+bool fbn_coefs_alloc(fbn_coefs *c, fbn_dtype dtype, int64_t width)
+{
+    size_t size = fbn_coef_size(dtype);
+    *c = (fbn_coefs){.dtype = dtype, .width = width, .uniform = true};
+    if (width < 0 || width > INT64_MAX / 128 || (uint64_t)width > SIZE_MAX / 128) {
+        return false;
+    }
+    c->memory = calloc((size_t)(width + FBN_COEF_PAD) * FBN_COEF_COUNT, size);
+    return c->memory != NULL;
+}
+
+void fbn_coefs_free(fbn_coefs *c)
+{
+    free(c->memory);
+    c->memory = NULL;
+}
+
+static void fbn_put(const fbn_coefs *c, int which, int64_t i, double value)
+{
+    if (fbn_is_wide(c->dtype)) {
+        ((double *)(void *)fbn_coef_array(c, which))[i] = value;
+    } else {
+        ((float *)(void *)fbn_coef_array(c, which))[i] = (float)value;
+    }
+}
+
+void fbn_coefs_fill(fbn_coefs *c, const fbn_affine *affine, bool batch, const fbn_backward_sums *sums, int64_t first,
+                    int64_t last)
+{
+    const fbn_range *range = fbn_range_of(c->dtype);
+    for (int64_t i = first; i < last; i++) {
+        double mean = affine->mean[i];
+        double lo = affine->mean_lo == NULL ? 0.0 : affine->mean_lo[i];
+        double hi = fbn_round_mean(c->dtype, mean);
+        double weight = affine->weight == NULL ? 1.0 : affine->weight[i];
+        double bias = affine->bias == NULL ? 0.0 : affine->bias[i];
+        fbn_channel_coef v = fbn_affine_of(mean, lo, hi, affine->var[i], weight, bias, affine->eps, batch, range);
+        fbn_put(c, FBN_UNIT, i, v.unit);
+        fbn_put(c, FBN_NEG_MEAN, i, v.neg_mean);
+        fbn_put(c, FBN_SCALE, i, v.scale);
+        fbn_put(c, FBN_SHIFT, i, v.shift);
+        if (sums != NULL) {
+            fbn_backward_of(&v, mean, lo, hi, affine->var[i], affine->eps, sums->sum_dy[i], sums->sum_dy_xmu[i],
+                            sums->count);
+            fbn_put(c, FBN_SLOPE, i, v.slope);
+            fbn_put(c, FBN_GAIN, i, v.gain);
+            fbn_put(c, FBN_OFFSET, i, v.offset);
+        }
+        if (v.unit != 1.0) {
+            c->uniform = false;
+        }
+    }
+}
+
+fbn_coef fbn_coefs_at(const fbn_coefs *c, int64_t first)
+{
+    const char *base = (const char *)c->memory + (size_t)first * fbn_coef_size(c->dtype);
+    size_t step = (size_t)(c->width + FBN_COEF_PAD) * fbn_coef_size(c->dtype);
+    return (fbn_coef){
+        .unit = c->uniform ? NULL : base + FBN_UNIT * step,
+        .neg_mean = base + FBN_NEG_MEAN * step,
+        .scale = base + FBN_SCALE * step,
+        .shift = base + FBN_SHIFT * step,
+        .slope = base + FBN_SLOPE * step,
+        .gain = base + FBN_GAIN * step,
+        .offset = base + FBN_OFFSET * step,
+    };
+}
+
+void fbn_coefs_expand(fbn_coefs *to, const fbn_coefs *from, int64_t first, int64_t period, int64_t repeat, int64_t width,
+                      bool backward)
+{
+    size_t size = fbn_coef_size(to->dtype);
+    int count = backward ? FBN_COEF_COUNT : FBN_SLOPE;
+    to->uniform = from->uniform;
+    for (int which = from->uniform ? FBN_NEG_MEAN : FBN_UNIT; which < count; which++) {
+        const char *source = fbn_coef_array(from, which) + (size_t)first * size;
+        char *target = fbn_coef_array(to, which);
+        for (int64_t i = 0, c = 0; i < width; c = c + 1 == period ? 0 : c + 1) {
+            int64_t end = width - i < repeat ? width : i + repeat;
+            if (size == sizeof(float)) {
+                float value = ((const float *)(const void *)source)[c];
+                for (; i < end; i++) {
+                    ((float *)(void *)target)[i] = value;
+                }
+            } else {
+                double value = ((const double *)(const void *)source)[c];
+                for (; i < end; i++) {
+                    ((double *)(void *)target)[i] = value;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,92 @@
+/* forward.c -- training forward: statistics, then normalization, slab by slab where a slab stays in cache. */
+#include "parallel.h"
+#include "pass.h"
+
+#include <stdlib.h>
+
+typedef struct {
+    fbn_work work;
+    fbn_affine affine;
+    fbn_moments *out;
+    double *var;
+} fbn_forward_call;
+
+/* From combined partials to coefficients. */
+static void fbn_forward_settle(fbn_forward_call *f, fbn_coefs *coefs, int64_t first, int64_t last)
+{
+    const fbn_partials *p = &f->work.partials;
+    fbn_combine(&f->work.pass, &f->work.partials, first, last);
+    for (int64_t c = first; c < last; c++) {
+        f->out->mean[c] = p->a[c];
+        f->out->mean_lo[c] = p->b[c];
+        f->out->m2[c] = p->c[c];
+        f->var[c] = p->c[c] / (double)f->out->count;
+    }
+    fbn_coefs_fill(coefs, &f->affine, true, NULL, first, last);
+}
+
+static void fbn_forward_slab(void *context, int tid, int64_t first, int64_t last, int64_t ahead)
+{
+    fbn_forward_call *f = context;
+    fbn_coefs coefs = f->work.coefs; /* the same arrays, but this slab's own flags */
+    fbn_reduce(&f->work.pass, &f->work.partials, NULL, NULL, first, last, 0, 1);
+    fbn_forward_settle(f, &coefs, first, last);
+    fbn_apply_pass(&f->work.pass, &coefs, &f->work.panels[tid], first, last, ahead, 0, 1);
+}
+
+static void fbn_forward_slabs(int tid, int team, void *context)
+{
+    fbn_forward_call *f = context;
+    fbn_each_slab(&f->work, tid, team, fbn_forward_slab, f);
+}
+
+static void fbn_forward_reduce(int tid, int team, void *context)
+{
+    fbn_forward_call *f = context;
+    fbn_reduce(&f->work.pass, &f->work.partials, NULL, NULL, 0, f->work.pass.g.channels, tid, team);
+}
+
+static void fbn_forward_apply(int tid, int team, void *context)
+{
+    fbn_forward_call *f = context;
+    fbn_apply_pass(&f->work.pass, &f->work.coefs, &f->work.panels[tid], 0, f->work.pass.g.channels, 0, tid, team);
+}
+
+fbn_status fbn_forward(const fbn_geometry *g, fbn_tensor x, const fbn_tensor *residual, fbn_tensor y, uint8_t *gate,
+                       const fbn_affine *affine, fbn_act act, int threads, fbn_moments *out)
+{
+    fbn_forward_call f = {.work = {.pass = {.x = x, .y = y, .gate = (uint16_t *)(void *)gate}}};
+    if (residual != NULL) {
+        f.work.pass.other = *residual;
+    }
+    if (x.data == NULL || y.data == NULL || affine == NULL || out == NULL ||
+        !fbn_pass_ready(&f.work.pass, g, act, FBN_PLAN_FORWARD, threads)) {
+        return FBN_BAD_ARGUMENT;
+    }
+    fbn_status status = fbn_work_begin(&f.work, true, true);
+    if (status != FBN_OK) {
+        return status;
+    }
+    f.var = malloc((size_t)g->channels * sizeof(double));
+    if (f.var == NULL) {
+        fbn_work_end(&f.work);
+        return FBN_NO_MEMORY;
+    }
+    out->count = g->outer * g->inner;
+    f.out = out;
+    f.affine = *affine;
+    f.affine.mean = out->mean;
+    f.affine.mean_lo = out->mean_lo;
+    f.affine.var = f.var;
+    int team = f.work.pass.plan.team;
+    if (f.work.pass.plan.slab > 0) {
+        fbn_parallel(team, fbn_forward_slabs, &f);
+    } else {
+        fbn_parallel(team, fbn_forward_reduce, &f);
+        fbn_forward_settle(&f, &f.work.coefs, 0, g->channels);
+        fbn_parallel(team, fbn_forward_apply, &f);
+    }
+    free(f.var);
+    fbn_work_end(&f.work);
+    return FBN_OK;
+}

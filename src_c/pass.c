@@ -1,0 +1,433 @@
+/* pass.c -- walks in terms of kernels: which run, which rows, in which order. */
+#include "pass.h"
+
+#include "dispatch.h"
+#include "geometry.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+/* How much of a tensor one step of an apply walk covers: small enough to share, large enough to call a kernel for. */
+enum { FBN_PIECE = 1 << 16, FBN_ROWS_BYTES = 1 << 16, FBN_COMBINE = 256, FBN_PANEL_TILE = 8 };
+
+static int64_t fbn_min(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static void *fbn_at(const fbn_tensor *t, int64_t size, int64_t o, int64_t c, int64_t i)
+{
+    return t->data == NULL ? NULL : (char *)t->data + (o * t->outer_stride + c * t->channel_stride + i) * size;
+}
+
+int64_t fbn_gate_words(const fbn_geometry *g)
+{
+    return fbn_ceil_div(g->family == FBN_ROWS ? g->inner : g->channels, 16);
+}
+
+static uint16_t *fbn_gate_at(const fbn_pass *pass, int64_t o, int64_t c)
+{
+    if (pass->gate == NULL) {
+        return NULL;
+    }
+    int64_t words = fbn_gate_words(&pass->g);
+    return pass->gate + (pass->g.family == FBN_ROWS ? (o * pass->g.channels + c) * words : o * words + c / 16);
+}
+
+static bool fbn_adjacent(const fbn_geometry *g, const fbn_tensor *t)
+{
+    return t->data == NULL ||
+           (g->family == FBN_ROWS ? t->channel_stride == g->inner : t->outer_stride == g->channels);
+}
+
+bool fbn_pass_ready(fbn_pass *pass, const fbn_geometry *g, fbn_act act, fbn_op op, int threads)
+{
+    const fbn_tensor *tensors[] = {&pass->x, &pass->other, &pass->y, &pass->extra};
+    if (!fbn_geometry_valid(g) || (unsigned)act.kind >= FBN_ACTIVATION_COUNT || threads < 1) {
+        return false;
+    }
+    fbn_call call = {.op = op, .threads = threads, .gated = pass->gate != NULL, .adjacent = true};
+    for (int i = 0; i < 4; i++) {
+        if (tensors[i]->data != NULL && !fbn_tensor_valid(g, tensors[i])) {
+            return false;
+        }
+        call.adjacent = call.adjacent && fbn_adjacent(g, tensors[i]);
+    }
+    pass->g = *g;
+    pass->kernels = fbn_kernels_for(g->dtype);
+    pass->plan = fbn_make_plan(g, &call, fbn_this_machine());
+    pass->rule = (fbn_gate_rule){.kind = act.kind,
+                                 .upper = act.kind == FBN_RELU6 ? 6.0 : (double)INFINITY,
+                                 .negative = act.kind == FBN_LEAKY_RELU ? act.negative_slope : 0.0};
+    return true;
+}
+
+/* ---- reduce ---- */
+
+static int64_t fbn_strips(const fbn_geometry *g)
+{
+    return g->family == FBN_ROWS ? fbn_blocks_rows(g->outer, g->channels, g->inner).strips : fbn_strips_cols(g->outer);
+}
+
+bool fbn_partials_alloc(fbn_partials *p, const fbn_pass *pass)
+{
+    int64_t channels = pass->g.channels;
+    p->strips = fbn_strips(&pass->g);
+    p->memory = NULL;
+    if (channels > INT64_MAX / 64 / p->strips || (uint64_t)(channels * p->strips) > SIZE_MAX / 64) {
+        return false;
+    }
+    int64_t plane = channels * p->strips;
+    p->memory = malloc((size_t)plane * 3 * sizeof(double));
+    p->a = p->memory;
+    p->b = p->memory + plane;
+    p->c = p->memory + 2 * plane;
+    return p->memory != NULL;
+}
+
+void fbn_partials_free(fbn_partials *p)
+{
+    free(p->memory);
+    p->memory = NULL;
+}
+
+/* Elements of a channel in one strip. */
+static double fbn_strip_count(const fbn_geometry *g, const fbn_blocks *b, int64_t strips, int64_t strip)
+{
+    if (g->family == FBN_COLS) {
+        return (double)(fbn_part(g->outer, strip + 1, strips) - fbn_part(g->outer, strip, strips));
+    }
+    int64_t first = fbn_part(b->count, strip, strips);
+    int64_t last = fbn_part(b->count, strip + 1, strips);
+    if (b->pieces == 1) {
+        return (double)((fbn_min(last * b->planes, g->outer) - first * b->planes) * g->inner);
+    }
+    int64_t begin = first / b->pieces * g->inner + first % b->pieces * b->piece_len;
+    int64_t end = last / b->pieces * g->inner + last % b->pieces * b->piece_len;
+    return (double)(end - begin);
+}
+
+static void fbn_reduce_rows(const fbn_pass *pass, fbn_partials *p, const fbn_blocks *blocks, const double *mean,
+                            const fbn_coefs *coefs, int64_t c, int64_t strip)
+{
+    const fbn_geometry *g = &pass->g;
+    int64_t size = fbn_dtype_size(g->dtype);
+    int64_t first = fbn_part(blocks->count, strip, p->strips);
+    int64_t last = fbn_part(blocks->count, strip + 1, p->strips);
+    int64_t at = strip * g->channels + c;
+    if (!pass->backward) {
+        fbn_moment m;
+        pass->kernels->moments_rows(fbn_at(&pass->x, size, 0, c, 0), pass->x.outer_stride, g->outer, g->inner, blocks,
+                                    first, last, 0, &m);
+        p->a[at] = m.mean;
+        p->b[at] = m.lo;
+        p->c[at] = m.m2;
+        return;
+    }
+    fbn_span span = {
+        .x = fbn_at(&pass->x, size, 0, c, 0),
+        .other = fbn_at(&pass->other, size, 0, c, 0),
+        .gate = fbn_gate_at(pass, 0, c),
+        .x_stride = pass->x.outer_stride,
+        .other_stride = pass->other.outer_stride,
+        .gate_stride = fbn_gate_words(g) * g->channels,
+        .width = g->inner,
+    };
+    fbn_coef k = fbn_coefs_at(coefs, c);
+    double hi = fbn_round_mean(g->dtype, mean[c]);
+    pass->kernels->backward_reduce_rows(&span, &k, pass->rule, g->outer, blocks, first, last, &hi, &p->a[at], &p->b[at]);
+}
+
+static void fbn_reduce_cols(const fbn_pass *pass, fbn_partials *p, const double *mean, const fbn_coefs *coefs,
+                            int64_t first, int64_t last, int64_t strip)
+{
+    const fbn_geometry *g = &pass->g;
+    int64_t size = fbn_dtype_size(g->dtype);
+    int64_t row = fbn_part(g->outer, strip, p->strips);
+    int64_t rows = fbn_part(g->outer, strip + 1, p->strips) - row;
+    int64_t at = strip * g->channels + first;
+    if (!pass->backward) {
+        pass->kernels->moments_cols(fbn_at(&pass->x, size, row, first, 0), pass->x.outer_stride, rows, last - first,
+                                    p->a + at, p->b + at, p->c + at);
+        return;
+    }
+    fbn_span span = {
+        .x = fbn_at(&pass->x, size, row, first, 0),
+        .other = fbn_at(&pass->other, size, row, first, 0),
+        .gate = fbn_gate_at(pass, row, first),
+        .x_stride = pass->x.outer_stride,
+        .other_stride = pass->other.outer_stride,
+        .gate_stride = fbn_gate_words(g),
+        .rows = rows,
+        .width = last - first,
+    };
+    fbn_coef k = fbn_coefs_at(coefs, first);
+    double hi[FBN_COMBINE];
+    for (int64_t c = first; c < last; c++) {
+        hi[c - first] = fbn_round_mean(g->dtype, mean[c]);
+    }
+    pass->kernels->backward_reduce_cols(&span, &k, pass->rule, hi, p->a + at, p->b + at);
+}
+
+void fbn_reduce(const fbn_pass *pass, fbn_partials *p, const double *mean, const fbn_coefs *coefs, int64_t first,
+                int64_t last, int64_t part, int64_t parts)
+{
+    const fbn_geometry *g = &pass->g;
+    if (g->family == FBN_ROWS) {
+        fbn_blocks blocks = fbn_blocks_rows(g->outer, g->channels, g->inner);
+        int64_t tasks = (last - first) * p->strips;
+        for (int64_t t = fbn_part(tasks, part, parts); t < fbn_part(tasks, part + 1, parts); t++) {
+            fbn_reduce_rows(pass, p, &blocks, mean, coefs, first + t / p->strips, t % p->strips);
+        }
+        return;
+    }
+    int64_t chunks = fbn_ceil_div(last - first, FBN_COMBINE);
+    int64_t tasks = chunks * p->strips;
+    for (int64_t t = fbn_part(tasks, part, parts); t < fbn_part(tasks, part + 1, parts); t++) {
+        int64_t c = first + t % chunks * FBN_COMBINE;
+        fbn_reduce_cols(pass, p, mean, coefs, c, fbn_min(c + FBN_COMBINE, last), t / chunks);
+    }
+}
+
+void fbn_combine(const fbn_pass *pass, fbn_partials *p, int64_t first, int64_t last)
+{
+    const fbn_geometry *g = &pass->g;
+    fbn_blocks blocks = {0};
+    if (g->family == FBN_ROWS) {
+        blocks = fbn_blocks_rows(g->outer, g->channels, g->inner);
+    }
+    double count = fbn_strip_count(g, &blocks, p->strips, 0);
+    for (int64_t strip = 1; strip < p->strips; strip++) {
+        double more = fbn_strip_count(g, &blocks, p->strips, strip);
+        double share = more / (count + more);
+        double weight = count * share;
+        int64_t at = strip * g->channels;
+        for (int64_t c = first; c < last; c++) {
+            if (pass->backward) {
+                p->a[c] += p->a[at + c];
+                p->b[c] += p->b[at + c];
+            } else {
+                fbn_merge_into(&p->a[c], &p->b[c], &p->c[c], share, weight, p->a[at + c], p->b[at + c], p->c[at + c]);
+            }
+        }
+        count += more;
+    }
+}
+
+/* ---- apply ---- */
+
+/* Rows [row, row + rows) of `width` elements that begin at channel c, as one call of a cols kernel. With `panel`, a row
+ * is that many of the tensor's rows. */
+static void fbn_apply_block(const fbn_pass *pass, const fbn_coef *k, int64_t row, int64_t rows, int64_t c, int64_t width,
+                            int64_t panel, int64_t ahead)
+{
+    int64_t size = fbn_dtype_size(pass->g.dtype);
+    int64_t step = panel > 0 ? panel : 1;
+    fbn_span span = {
+        .x = fbn_at(&pass->x, size, row * step, c, 0),
+        .other = fbn_at(&pass->other, size, row * step, c, 0),
+        .y = fbn_at(&pass->y, size, row * step, c, 0),
+        .extra = fbn_at(&pass->extra, size, row * step, c, 0),
+        .gate = fbn_gate_at(pass, row, c),
+        .x_stride = pass->x.outer_stride * step,
+        .other_stride = pass->other.outer_stride * step,
+        .y_stride = pass->y.outer_stride * step,
+        .extra_stride = pass->extra.outer_stride * step,
+        .gate_stride = fbn_gate_words(&pass->g),
+        .rows = rows,
+        .width = width,
+        .ahead = ahead * pass->x.channel_stride * size,
+        .other_ahead = ahead * pass->other.channel_stride * size,
+        .stream = pass->plan.stream,
+    };
+    if (pass->backward) {
+        pass->kernels->backward_apply_cols(&span, k, pass->rule);
+    } else {
+        pass->kernels->normalize_cols(&span, k, pass->rule);
+    }
+}
+
+/* Where the plan walks backwards, each part is walked from its end: what was read last is still in cache. */
+static int64_t fbn_turn(const fbn_pass *pass, int64_t u, int64_t begin, int64_t end)
+{
+    return pass->plan.backwards ? begin + (end - 1 - u) : u;
+}
+
+static void fbn_apply_runs(const fbn_pass *pass, const fbn_coefs *coefs, int64_t first, int64_t last, int64_t ahead,
+                           int64_t part, int64_t parts)
+{
+    const fbn_geometry *g = &pass->g;
+    int64_t size = fbn_dtype_size(g->dtype);
+    int64_t channels = last - first;
+    int64_t pieces = fbn_ceil_div(g->inner, FBN_PIECE);
+    int64_t units = g->outer * channels * pieces;
+    int64_t begin = fbn_part(units, part, parts);
+    int64_t end = fbn_part(units, part + 1, parts);
+    for (int64_t u = begin; u < end; u++) {
+        int64_t unit = fbn_turn(pass, u, begin, end);
+        int64_t o = unit / pieces / channels;
+        int64_t c = first + unit / pieces % channels;
+        int64_t i = unit % pieces * FBN_PIECE;
+        uint16_t *gate = fbn_gate_at(pass, o, c);
+        fbn_span span = {
+            .x = fbn_at(&pass->x, size, o, c, i),
+            .other = fbn_at(&pass->other, size, o, c, i),
+            .y = fbn_at(&pass->y, size, o, c, i),
+            .extra = fbn_at(&pass->extra, size, o, c, i),
+            .gate = gate == NULL ? NULL : gate + i / 16,
+            .rows = 1,
+            .width = fbn_min(FBN_PIECE, g->inner - i),
+            .ahead = ahead * pass->x.channel_stride * size,
+            .other_ahead = ahead * pass->other.channel_stride * size,
+            .stream = pass->plan.stream,
+        };
+        fbn_coef k = fbn_coefs_at(coefs, c);
+        if (pass->backward) {
+            pass->kernels->backward_apply_rows(&span, &k, pass->rule);
+        } else {
+            pass->kernels->normalize_rows(&span, &k, pass->rule);
+        }
+    }
+}
+
+/* Panels of channels in the rows family: short planes of neighbouring channels as one long row. */
+static void fbn_apply_planes(const fbn_pass *pass, const fbn_coefs *coefs, fbn_coefs *panel, int64_t first, int64_t last,
+                             int64_t ahead, int64_t part, int64_t parts)
+{
+    const fbn_geometry *g = &pass->g;
+    int64_t wide = pass->plan.panel;
+    int64_t panels = fbn_ceil_div(last - first, wide);
+    int64_t tiles = parts == 1 ? 1 : fbn_ceil_div(g->outer, FBN_PANEL_TILE);
+    int64_t units = panels * tiles;
+    int64_t ready = -1;
+    fbn_coef k = {0};
+    int64_t begin = fbn_part(units, part, parts);
+    int64_t end = fbn_part(units, part + 1, parts);
+    for (int64_t u = begin; u < end; u++) {
+        int64_t unit = fbn_turn(pass, u, begin, end);
+        int64_t c = first + unit / tiles * wide;
+        int64_t width = fbn_min(wide, last - c) * g->inner;
+        int64_t row = fbn_part(g->outer, unit % tiles, tiles);
+        int64_t rows = fbn_part(g->outer, unit % tiles + 1, tiles) - row;
+        if (c != ready) {
+            fbn_coefs_expand(panel, coefs, c, fbn_min(wide, last - c), g->inner, width, pass->backward);
+            k = fbn_coefs_at(panel, 0);
+            ready = c;
+        }
+        fbn_apply_block(pass, &k, row, rows, c, width, 0, ahead);
+    }
+}
+
+/* The cols family; where the plan has panels, that many adjacent rows are one long row. */
+static void fbn_apply_rows(const fbn_pass *pass, const fbn_coefs *coefs, fbn_coefs *panel, int64_t first, int64_t last,
+                           int64_t ahead, int64_t part, int64_t parts)
+{
+    const fbn_geometry *g = &pass->g;
+    int64_t fold = pass->plan.panel > 0 ? pass->plan.panel : 1;
+    int64_t width = (last - first) * fold;
+    int64_t rows = g->outer / fold;
+    /* Whole rows while they are short; pieces of one row, each a multiple of 16 channels, where it is long. */
+    int64_t chunk = fbn_min(width, FBN_PIECE);
+    int64_t chunks = fbn_ceil_div(width, chunk);
+    int64_t tile = fbn_clamp(FBN_ROWS_BYTES / (width * fbn_dtype_size(g->dtype)), 1, rows > 0 ? rows : 1);
+    int64_t tiles = fbn_ceil_div(rows, tile);
+    int64_t units = tiles * chunks;
+    int64_t begin = fbn_part(units, part, parts);
+    int64_t end = fbn_part(units, part + 1, parts);
+    fbn_coef k = fbn_coefs_at(coefs, first);
+    if (fold > 1) {
+        fbn_coefs_expand(panel, coefs, first, g->channels, 1, width, pass->backward);
+        k = fbn_coefs_at(panel, 0);
+    }
+    for (int64_t u = begin; u < end; u++) {
+        int64_t unit = fbn_turn(pass, u, begin, end);
+        int64_t row = unit / chunks * tile;
+        int64_t c = unit % chunks * chunk;
+        if (c != 0) {
+            k = fbn_coefs_at(coefs, first + c);
+        } else if (chunks > 1) {
+            k = fbn_coefs_at(coefs, first);
+        }
+        fbn_apply_block(pass, &k, row, fbn_min(tile, rows - row), first + c, fbn_min(chunk, width - c), fold > 1 ? fold : 0,
+                        ahead);
+    }
+    if (part == parts - 1 && g->outer % fold != 0) {
+        k = fbn_coefs_at(panel, 0);
+        fbn_pass rest = *pass;
+        rest.plan.panel = 0;
+        fbn_apply_block(&rest, &k, rows * fold, 1, first, g->outer % fold * g->channels, 0, 0);
+    }
+}
+
+int64_t fbn_panel_width(const fbn_pass *pass)
+{
+    return pass->plan.panel * (pass->g.family == FBN_ROWS ? pass->g.inner : pass->g.channels);
+}
+
+void fbn_apply_pass(const fbn_pass *pass, const fbn_coefs *coefs, fbn_coefs *panel, int64_t first, int64_t last,
+                    int64_t ahead, int64_t part, int64_t parts)
+{
+    if (pass->g.family == FBN_COLS) {
+        fbn_apply_rows(pass, coefs, panel, first, last, ahead, part, parts);
+    } else if (pass->plan.panel > 0) {
+        fbn_apply_planes(pass, coefs, panel, first, last, ahead, part, parts);
+    } else {
+        fbn_apply_runs(pass, coefs, first, last, ahead, part, parts);
+    }
+    if (pass->plan.stream) {
+        pass->kernels->fence();
+    }
+}
+
+/* ---- the memory of a call ---- */
+
+fbn_status fbn_panels_begin(fbn_work *w)
+{
+    int team = w->pass.plan.team;
+    if (w->pass.plan.panel == 0 && team == 1) {
+        w->panels = &w->one;
+        return FBN_OK;
+    }
+    w->panels = calloc((size_t)team, sizeof *w->panels);
+    bool ok = w->panels != NULL;
+    for (int i = 0; ok && w->pass.plan.panel > 0 && i < team; i++) {
+        ok = fbn_coefs_alloc(&w->panels[i], w->pass.g.dtype, fbn_panel_width(&w->pass));
+    }
+    if (!ok) {
+        fbn_work_end(w);
+    }
+    return ok ? FBN_OK : FBN_NO_MEMORY;
+}
+
+fbn_status fbn_work_begin(fbn_work *w, bool reduces, bool applies)
+{
+    if ((reduces && !fbn_partials_alloc(&w->partials, &w->pass)) ||
+        !fbn_coefs_alloc(&w->coefs, w->pass.g.dtype, w->pass.g.channels)) {
+        fbn_work_end(w);
+        return FBN_NO_MEMORY;
+    }
+    return applies ? fbn_panels_begin(w) : FBN_OK;
+}
+
+void fbn_work_end(fbn_work *w)
+{
+    if (w->panels != &w->one) {
+        for (int i = 0; w->panels != NULL && i < w->pass.plan.team; i++) {
+            fbn_coefs_free(&w->panels[i]);
+        }
+        free(w->panels);
+    }
+    fbn_coefs_free(&w->coefs);
+    fbn_partials_free(&w->partials);
+}
+
+void fbn_each_slab(const fbn_work *w, int tid, int team, fbn_slab_step step, void *context)
+{
+    int64_t slab = w->pass.plan.slab;
+    int64_t slabs = fbn_ceil_div(w->pass.g.channels, slab);
+    int64_t end = fbn_part(slabs, tid + 1, team);
+    for (int64_t s = fbn_part(slabs, tid, team); s < end; s++) {
+        int64_t ahead = w->pass.plan.ahead && s + 1 < end ? slab : 0;
+        step(context, tid, s * slab, fbn_min((s + 1) * slab, w->pass.g.channels), ahead);
+    }
+}

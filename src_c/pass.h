@@ -1,0 +1,67 @@
+/* pass.h -- the two walks over a tensor that every operation is made of: reduce channels, apply to elements. */
+#ifndef FASTBN_PASS_H
+#define FASTBN_PASS_H
+
+#include "coef.h"
+#include "plan.h"
+
+/* Everything a walk needs. x is read by all; `other` is the residual of normalize and dy of a backward; y is what an
+ * apply writes; extra is the gradient of the residual. Absent tensors have NULL data. */
+typedef struct {
+    fbn_geometry g;
+    fbn_plan plan;
+    const fbn_kernels *kernels;
+    fbn_tensor x, other, y, extra;
+    uint16_t *gate;
+    fbn_gate_rule rule;
+    bool backward;
+} fbn_pass;
+
+/* Statistics of all channels while they are being made: the moments, or with `backward` the two sums. Strips are what
+ * different threads may reduce, combined in their order whoever did them. */
+typedef struct {
+    int64_t strips;
+    double *memory;
+    double *a, *b, *c; /* mean, lo, m2; or sum_dy, sum_dy_xmu, unused: [strip][channel] */
+} fbn_partials;
+
+int64_t fbn_gate_words(const fbn_geometry *g); /* of one row (rows: of one run) */
+
+bool fbn_partials_alloc(fbn_partials *p, const fbn_pass *pass);
+void fbn_partials_free(fbn_partials *p);
+
+/* Reduces the strips of channels [first, last) that are this part's. `mean` and coefs are for a backward. */
+void fbn_reduce(const fbn_pass *pass, fbn_partials *p, const double *mean, const fbn_coefs *coefs, int64_t first,
+                int64_t last, int64_t part, int64_t parts);
+
+/* Combines the strips of channels [first, last): the results are in row 0. */
+void fbn_combine(const fbn_pass *pass, fbn_partials *p, int64_t first, int64_t last);
+
+/* Applies to this part of the elements of channels [first, last). panel: room for expanded coefficients, where the plan
+ * has panels. ahead: bring the next `ahead` channels' elements into cache. */
+void fbn_apply_pass(const fbn_pass *pass, const fbn_coefs *coefs, fbn_coefs *panel, int64_t first, int64_t last,
+                    int64_t ahead, int64_t part, int64_t parts);
+int64_t fbn_panel_width(const fbn_pass *pass);
+
+/* A pass and the memory that it works in. */
+typedef struct {
+    fbn_pass pass;
+    fbn_partials partials;
+    fbn_coefs coefs;
+    fbn_coefs *panels; /* one a thread */
+    fbn_coefs one;     /* spares a small call the allocation */
+} fbn_work;
+
+/* A work that begins zeroed but for its pass. On failure nothing is left to free. */
+fbn_status fbn_panels_begin(fbn_work *w);
+fbn_status fbn_work_begin(fbn_work *w, bool reduces, bool applies);
+void fbn_work_end(fbn_work *w);
+
+/* Calls step for every slab of this thread's share; see fbn_apply_pass for ahead. */
+typedef void (*fbn_slab_step)(void *context, int tid, int64_t first, int64_t last, int64_t ahead);
+void fbn_each_slab(const fbn_work *w, int tid, int team, fbn_slab_step step, void *context);
+
+/* Fills in plan, kernels and rule; false for sizes, strides or an activation that make no sense. */
+bool fbn_pass_ready(fbn_pass *pass, const fbn_geometry *g, fbn_act act, fbn_op op, int threads);
+
+#endif

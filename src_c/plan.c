@@ -1,0 +1,95 @@
+/* plan.c -- the policy. Every number here is a measurement; docs/performance.md says which. */
+#include "plan.h"
+
+#include "kernels/channel.h"
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
+static fbn_machine fbn_machine_now = {32 << 10, 512 << 10, 16 << 20};
+
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+static void fbn_ask(int name, int64_t *size)
+{
+    long value = sysconf(name);
+    if (value > 0) {
+        *size = value;
+    }
+}
+#endif
+
+void fbn_machine_init(void)
+{
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    fbn_ask(_SC_LEVEL1_DCACHE_SIZE, &fbn_machine_now.l1);
+    fbn_ask(_SC_LEVEL2_CACHE_SIZE, &fbn_machine_now.l2);
+    fbn_ask(_SC_LEVEL3_CACHE_SIZE, &fbn_machine_now.l3);
+#endif
+}
+
+const fbn_machine *fbn_this_machine(void)
+{
+    return &fbn_machine_now;
+}
+
+int64_t fbn_dtype_size(fbn_dtype dtype)
+{
+    return dtype == FBN_F64 ? 8 : dtype == FBN_F32 ? 4 : 2;
+}
+
+/* Bytes below which a parallel region costs more than it saves. */
+enum { FBN_SERIAL_BYTES = 128 << 10, FBN_PANEL_BYTES = 1024, FBN_PANEL_ROWS = 8, FBN_PANEL_WIDTH = 1024 };
+
+static bool fbn_two_phase(fbn_op op)
+{
+    return op == FBN_PLAN_FORWARD || op == FBN_PLAN_BACKWARD;
+}
+
+static int64_t fbn_choose_slab(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, int team)
+{
+    int64_t streams = call->op == FBN_PLAN_BACKWARD ? 2 : 1;
+    int64_t channel_bytes = g->outer * g->inner * fbn_dtype_size(g->dtype) * streams;
+    int64_t grain = g->family == FBN_COLS ? 16 : 1;
+    int64_t most = g->channels / team / grain * grain; /* every thread needs work */
+    if (most < grain) {
+        return g->family == FBN_ROWS && team == 1 ? g->channels : 0;
+    }
+    int64_t slab = m->l2 / 2 / channel_bytes / grain * grain;
+    if (g->family == FBN_COLS) {
+        return slab == 0 ? 0 : fbn_clamp(slab, grain, most);
+    }
+    /* A channel dealt to one thread whole: uneven shares cost more than a second sweep where channels are few. */
+    int64_t share = fbn_ceil_div(g->channels, team);
+    if (share * team * 4 > g->channels * 5) {
+        return 0;
+    }
+    return fbn_clamp(slab, 1, most);
+}
+
+fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m)
+{
+    fbn_plan plan = {.team = 1};
+    int64_t size = fbn_dtype_size(g->dtype);
+    int64_t bytes = g->outer * g->channels * g->inner * size;
+    if (call->threads > 1 && bytes >= FBN_SERIAL_BYTES) {
+        plan.team = call->threads;
+    }
+    plan.stream = bytes > m->l3 / 4;
+    if (fbn_two_phase(call->op)) {
+        plan.slab = fbn_choose_slab(g, call, m, plan.team);
+        plan.backwards = plan.slab == 0;
+        plan.ahead = plan.slab != 0 && plan.stream;
+    }
+    if (call->adjacent && !call->gated) {
+        if (g->family == FBN_ROWS && g->inner * size < FBN_PANEL_BYTES && g->outer >= FBN_PANEL_ROWS) {
+            int64_t most = plan.slab != 0 ? plan.slab : g->channels;
+            plan.panel = fbn_clamp(fbn_ceil_div(FBN_PANEL_WIDTH, g->inner), 1, most);
+        }
+        if (g->family == FBN_COLS && plan.slab == 0 && g->channels * size < FBN_PANEL_BYTES &&
+            g->outer * g->channels >= FBN_PANEL_ROWS * FBN_PANEL_WIDTH) {
+            plan.panel = fbn_ceil_div(FBN_PANEL_WIDTH, g->channels);
+        }
+    }
+    return plan;
+}

@@ -1,0 +1,42 @@
+/* plan.h -- all policy in one place: how a call is cut up, by how many threads, and what goes past the cache.
+ *
+ * A plan never changes a result, only its cost: the mathematics fixes its own blocks (kernels/channel.h).
+ */
+#ifndef FASTBN_PLAN_H
+#define FASTBN_PLAN_H
+
+#include "fastbn.h"
+
+typedef enum { FBN_PLAN_MOMENTS, FBN_PLAN_FORWARD, FBN_PLAN_NORMALIZE, FBN_PLAN_REDUCE, FBN_PLAN_BACKWARD, FBN_PLAN_APPLY } fbn_op;
+
+/* What the plan knows of the machine, in bytes. */
+typedef struct {
+    int64_t l1, l2, l3;
+} fbn_machine;
+
+/* What the plan must know of a call beside its geometry. */
+typedef struct {
+    fbn_op op;
+    int threads;    /* the most that may be used */
+    bool gated;     /* a gate is read or written */
+    bool adjacent;  /* rows: planes of neighbouring channels touch; cols: rows touch. In every tensor of the call */
+} fbn_call;
+
+typedef struct {
+    int team;       /* 1 or call.threads */
+    int64_t slab;   /* channels reduced and applied together while in cache; 0: two sweeps over the whole tensor */
+    int64_t panel;  /* rows: channels, cols: rows, that one apply step treats as one long row; 0: none */
+    bool stream;    /* the output is written past the cache */
+    bool backwards; /* the second sweep starts where the first ended */
+    bool ahead;     /* the next slab is prefetched while this one is applied */
+} fbn_plan;
+
+fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *machine);
+
+/* This machine's caches, or common sizes where it does not tell. Read once, at import. */
+void fbn_machine_init(void);
+const fbn_machine *fbn_this_machine(void);
+
+int64_t fbn_dtype_size(fbn_dtype dtype);
+
+#endif
