@@ -1,9 +1,9 @@
 """setup.py -- builds fastbn._native: one Cython file, the C core, and one unit per ISA with flags of its own.
 
-What the compiler can do is found by compiling three lines, so a cross compiler named by CC is asked about its target and
+What the compiler can do is found by compiling three lines, so a cross compiler named by CC is asked about its target,
 not about this machine. Environment:
 
-- ``FASTBN_OPENMP=0``: a serial module, as where the compiler has no OpenMP
+- ``FASTBN_OPENMP=0``: build as where the compiler has no OpenMP
 - ``FASTBN_WERROR=1``: more warnings, all of them errors, for our own C
 - ``FASTBN_SANITIZE=1``: AddressSanitizer and UndefinedBehaviorSanitizer
 - ``FASTBN_COVERAGE=1``: gcov
@@ -23,34 +23,42 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 from setuptools.modified import newer_group
 
-HEADERS = sorted(str(p) for pattern in ("*.h", "*.inc") for p in Path("src_c").rglob(pattern))
+HEADERS = [str(p) for pattern in ("*.h", "*.inc") for p in Path("src_c").rglob(pattern)]
 
-# ISA: its flags for gcc and clang, its flags for MSVC, and three lines that compile where it can be built.
+# Flags come in pairs: for gcc and clang, and for MSVC.
+#
+# No contraction: fused operations are written where they are meant, so that every tier rounds alike. No LTO: it could
+# inline code of one ISA into a function that another one runs.
+BASE = (
+    "-std=c11 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden -fno-lto".split(),
+    "/std:c11 /O2 /fp:precise".split(),
+)
+WARNINGS = (["-Wall", "-Wextra"], ["/W3"])
+ERRORS = (["-Wconversion", "-Wvla", "-Wframe-larger-than=8192", "-Werror"], ["/WX"])
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+
+# ISA: its flags, and three lines that compile where it can be built.
 TIERS = {
     "avx2": (
-        ["-mavx2", "-mfma", "-mf16c"],
-        ["/arch:AVX2"],
+        ("-mavx2 -mfma -mf16c".split(), ["/arch:AVX2"]),
         "#include <immintrin.h>\n"
         "__m256 f(__m128i h);\n"
         "__m256 f(__m128i h) { __m256 a = _mm256_cvtph_ps(h); return _mm256_fmadd_ps(a, a, a); }\n",
     ),
     "avx512": (
-        ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
-        ["/arch:AVX512"],
+        ("-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c".split(), ["/arch:AVX512"]),
         "#include <immintrin.h>\n"
         "__m512 f(__m512 a);\n"
         "__m512 f(__m512 a) { return _mm512_and_ps(_mm512_fmadd_ps(a, a, a), a); }\n",
     ),
     "neon": (
-        [],
-        [],
+        ([], []),
         "#include <arm_neon.h>\n"
         "float64x2_t f(float64x2_t a);\n"
         "float64x2_t f(float64x2_t a) { return vfmaq_f64(a, a, a); }\n",
     ),
 }
-
-OPENMP = "#include <omp.h>\nint f(void);\nint f(void) {\n_Pragma(\"omp parallel\") { } return omp_get_max_threads(); }\n"
+OPENMP = "#include <omp.h>\nint f(void);\nint f(void) { return omp_get_max_threads(); }\n"
 
 
 def enabled(name: str) -> bool:
@@ -85,32 +93,22 @@ class BuildNative(build_ext):
         from Cython.Build import cythonize
 
         msvc = self.compiler.compiler_type == "msvc"
-        # No LTO: it could inline code of one ISA into a function that another one runs. No contraction: fused operations
-        # are written where they are meant, so that every tier rounds alike.
-        base = (
-            ["/std:c11", "/O2", "/fp:precise"]
-            if msvc
-            else ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden",
-                  "-fno-lto"]
-        )  # fmt: skip
-        warnings = [] if msvc else ["-Wall", "-Wextra"]
-        link: list[str] = []
+        base, warnings, link = BASE[msvc].copy(), WARNINGS[msvc].copy(), []
+        if enabled("FASTBN_WERROR"):
+            warnings += ERRORS[msvc]
         if enabled("FASTBN_SANITIZE"):
-            sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-            base += [*sanitize, "-g", "-O1", "-fno-omit-frame-pointer"]
-            link += sanitize
+            base += [*SANITIZERS, "-g", "-O1", "-fno-omit-frame-pointer"]
+            link += SANITIZERS
         if enabled("FASTBN_COVERAGE"):
             base += ["--coverage", "-O0"]
             link += ["--coverage"]
-        if enabled("FASTBN_WERROR"):
-            warnings += ["/W3", "/WX"] if msvc else ["-Wconversion", "-Wvla", "-Wframe-larger-than=8192", "-Werror"]
 
         tiers = {
-            name: flags[msvc] for name, (*flags, source) in TIERS.items() if self.compiles(source, base + flags[msvc])
+            name: flags[msvc] for name, (flags, probe) in TIERS.items() if self.compiles(probe, base + flags[msvc])
         }
-        openmp = self.openmp(base, msvc)
+        openmp = self.find_openmp(base, msvc)
         macros = [*ext.define_macros, *((f"FBN_HAVE_{name.upper()}", "1") for name in tiers)]
-        say(f"ISA tiers: scalar {' '.join(tiers)}; OpenMP: {'no' if openmp is None else 'yes'}")
+        say(f"ISA tiers: {' '.join(['scalar', *tiers])}; OpenMP: {'no' if openmp is None else 'yes'}")
 
         generated = cythonize(
             [Extension(ext.name, ext.sources)],
@@ -119,7 +117,7 @@ class BuildNative(build_ext):
             force=self.force,
         )[0].sources
         flags = dict.fromkeys(generated, base)
-        flags |= {str(p): base + warnings for p in sorted(Path("src_c").glob("*.c"))}
+        flags |= {p.as_posix(): base + warnings for p in sorted(Path("src_c").glob("*.c"))}
         flags |= {f"src_c/isa/{name}.c": base + warnings + own for name, own in {"scalar": [], **tiers}.items()}
         if openmp is not None:
             flags["src_c/parallel.c"] = flags["src_c/parallel.c"] + openmp[0]
@@ -150,8 +148,9 @@ class BuildNative(build_ext):
         if openmp is None:
             rule = "*" * 78
             say(
-                f"\n{rule}\nWARNING: built WITHOUT OpenMP. fastbn works, on one thread. Install a compiler with OpenMP\n"
-                f"(on macOS: libomp) and build again to use all cores.\n{rule}"
+                f"\n{rule}\nWARNING: built WITHOUT OpenMP. fastbn works, but on one thread where there are no POSIX\n"
+                "threads (Windows), and elsewhere blind to the OpenMP regions and limits of its process.\n"
+                f"On macOS install libomp, elsewhere a compiler with OpenMP, and build again.\n{rule}"
             )
 
     def compiles(self, source: str, flags: list[str], link: list[str] | None = None) -> bool:
@@ -168,7 +167,7 @@ class BuildNative(build_ext):
                 return False
         return True
 
-    def openmp(self, base: list[str], msvc: bool) -> tuple[list[str], list[str]] | None:
+    def find_openmp(self, base: list[str], msvc: bool) -> tuple[list[str], list[str]] | None:
         """The flags to compile and to link OpenMP with, or None."""
         if os.environ.get("FASTBN_OPENMP") == "0":
             return None
