@@ -1,0 +1,159 @@
+/* avx512.h -- the v_ operations on AVX-512 F, BW, DQ and VL. */
+#ifndef FASTBN_SIMD_AVX512_H
+#define FASTBN_SIMD_AVX512_H
+
+#include <immintrin.h>
+#include <stdint.h>
+
+typedef __m512 v_f32;
+
+typedef struct {
+    __m512d a, b;
+} v_f64;
+
+#define V_MAP_F64(op) return (v_f64) { op(x.a, y.a), op(x.b, y.b) }
+
+static inline v_f32 v_set1_f32(float x) { return _mm512_set1_ps(x); }
+
+static inline v_f64 v_set1_f64(double x)
+{
+    __m512d r = _mm512_set1_pd(x);
+    return (v_f64){r, r};
+}
+
+static inline v_f32 v_add_f32(v_f32 x, v_f32 y) { return _mm512_add_ps(x, y); }
+static inline v_f64 v_add_f64(v_f64 x, v_f64 y) { V_MAP_F64(_mm512_add_pd); }
+static inline v_f32 v_sub_f32(v_f32 x, v_f32 y) { return _mm512_sub_ps(x, y); }
+static inline v_f64 v_sub_f64(v_f64 x, v_f64 y) { V_MAP_F64(_mm512_sub_pd); }
+static inline v_f32 v_mul_f32(v_f32 x, v_f32 y) { return _mm512_mul_ps(x, y); }
+static inline v_f64 v_mul_f64(v_f64 x, v_f64 y) { V_MAP_F64(_mm512_mul_pd); }
+
+static inline v_f32 v_fma_f32(v_f32 x, v_f32 y, v_f32 z) { return _mm512_fmadd_ps(x, y, z); }
+
+static inline v_f64 v_fma_f64(v_f64 x, v_f64 y, v_f64 z)
+{
+    return (v_f64){_mm512_fmadd_pd(x.a, y.a, z.a), _mm512_fmadd_pd(x.b, y.b, z.b)};
+}
+
+static inline v_f64 v_widen(v_f32 x)
+{
+    return (v_f64){_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))};
+}
+
+/* x <= y ? yes : no; false where x or y is NaN. */
+static inline v_f32 v_select_le_f32(v_f32 x, v_f32 y, v_f32 yes, v_f32 no)
+{
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_LE_OQ), no, yes);
+}
+
+static inline v_f64 v_select_le_f64(v_f64 x, v_f64 y, v_f64 yes, v_f64 no)
+{
+    return (v_f64){_mm512_mask_blend_pd(_mm512_cmp_pd_mask(x.a, y.a, _CMP_LE_OQ), no.a, yes.a),
+                   _mm512_mask_blend_pd(_mm512_cmp_pd_mask(x.b, y.b, _CMP_LE_OQ), no.b, yes.b)};
+}
+
+static inline unsigned v_bits_le_f32(v_f32 x, v_f32 y) { return _mm512_cmp_ps_mask(x, y, _CMP_LE_OQ); }
+
+static inline unsigned v_bits_le_f64(v_f64 x, v_f64 y)
+{
+    return (unsigned)_mm512_cmp_pd_mask(x.a, y.a, _CMP_LE_OQ) | (unsigned)_mm512_cmp_pd_mask(x.b, y.b, _CMP_LE_OQ) << 8;
+}
+
+static inline v_f32 v_select_bits_f32(unsigned bits, v_f32 yes, v_f32 no)
+{
+    return _mm512_mask_blend_ps((__mmask16)bits, no, yes);
+}
+
+static inline v_f64 v_select_bits_f64(unsigned bits, v_f64 yes, v_f64 no)
+{
+    return (v_f64){_mm512_mask_blend_pd((__mmask8)bits, no.a, yes.a),
+                   _mm512_mask_blend_pd((__mmask8)(bits >> 8), no.b, yes.b)};
+}
+
+static inline v_f32 v_load_f32(const float *p) { return _mm512_loadu_ps(p); }
+static inline v_f64 v_load_f64(const double *p) { return (v_f64){_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
+static inline void v_store_f32(float *p, v_f32 x) { _mm512_storeu_ps(p, x); }
+
+static inline void v_store_f64(double *p, v_f64 x)
+{
+    _mm512_storeu_pd(p, x.a);
+    _mm512_storeu_pd(p + 8, x.b);
+}
+
+static inline void v_stream_f32(float *p, v_f32 x) { _mm512_stream_ps(p, x); }
+
+static inline void v_stream_f64(double *p, v_f64 x)
+{
+    _mm512_stream_pd(p, x.a);
+    _mm512_stream_pd(p + 8, x.b);
+}
+
+/* A mask of the first n lanes. */
+static inline unsigned v_first(int n) { return (1u << n) - 1u; }
+
+static inline v_f32 v_load_part_f32(const float *p, int n)
+{
+    return _mm512_maskz_loadu_ps((__mmask16)v_first(n), p);
+}
+
+static inline v_f64 v_load_part_f64(const double *p, int n)
+{
+    unsigned m = v_first(n);
+    return (v_f64){_mm512_maskz_loadu_pd((__mmask8)m, p), _mm512_maskz_loadu_pd((__mmask8)(m >> 8), p + 8)};
+}
+
+static inline void v_store_part_f32(float *p, v_f32 x, int n)
+{
+    _mm512_mask_storeu_ps(p, (__mmask16)v_first(n), x);
+}
+
+static inline void v_store_part_f64(double *p, v_f64 x, int n)
+{
+    unsigned m = v_first(n);
+    _mm512_mask_storeu_pd(p, (__mmask8)m, x.a);
+    _mm512_mask_storeu_pd(p + 8, (__mmask8)(m >> 8), x.b);
+}
+
+static inline v_f32 v_load_f16(const uint16_t *p)
+{
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+
+static inline __m256i v_pack_f16(v_f32 x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+
+static inline v_f32 v_load_bf16(const uint16_t *p)
+{
+    __m512i h = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(h, 16));
+}
+
+/* By integers: the instruction of AVX512_BF16 flushes subnormals. */
+static inline __m256i v_pack_bf16(v_f32 x)
+{
+    __m512i u = _mm512_castps_si512(x);
+    __m512i top = _mm512_srli_epi32(u, 16);
+    __m512i odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
+    __m512i near = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(near, nan, top, _mm512_set1_epi32(0x40)));
+}
+
+static inline void v_store_f16(uint16_t *p, v_f32 x) { _mm256_storeu_si256((__m256i *)p, v_pack_f16(x)); }
+static inline void v_store_bf16(uint16_t *p, v_f32 x) { _mm256_storeu_si256((__m256i *)p, v_pack_bf16(x)); }
+static inline void v_stream_f16(uint16_t *p, v_f32 x) { _mm256_stream_si256((__m256i *)p, v_pack_f16(x)); }
+static inline void v_stream_bf16(uint16_t *p, v_f32 x) { _mm256_stream_si256((__m256i *)p, v_pack_bf16(x)); }
+
+static inline double v_sum_f64(v_f64 x)
+{
+    __m512d eight = _mm512_add_pd(x.a, x.b);
+    __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(eight), _mm512_extractf64x4_pd(eight, 1));
+    __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+
+static inline void v_prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
+static inline void v_fence(void) { _mm_sfence(); }
+
+#undef V_MAP_F64
+
+#endif
