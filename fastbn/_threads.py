@@ -1,0 +1,224 @@
+"""_threads.py -- how many threads a call may use, and why.
+
+The number is process-wide. It is, in this order:
+
+1. ``FASTBN_NUM_THREADS``. It is ours, so anything but an integer from 1 to 1024 is an error at import: a server that
+   was configured wrongly should not start. Empty counts as unset.
+2. ``OMP_NUM_THREADS``, its first element if it is a list. It is not ours: what cannot be understood is passed over, and
+   the reason says so.
+3. The smallest of: the CPUs in the affinity mask, the physical cores among them, and the CPU quota of the cgroup and of
+   every cgroup above it (v1 and v2), rounded down; at least 1. What the system does not tell does not limit.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from fastbn import _native
+
+__all__ = ["get_num_threads", "num_threads", "set_num_threads"]
+
+MAX_THREADS = 1024  # FBN_MAX_THREADS
+
+
+class Choice(NamedTuple):
+    """A number of threads, and a line that says where it comes from."""
+
+    number: int
+    reason: str
+
+
+def choose(
+    root: Path = Path("/"), environ: Mapping[str, str] = os.environ, cpus: Collection[int] | None = None
+) -> Choice:
+    """Find the number of threads to start with, on the system whose files are under `root`."""
+    own = environ.get("FASTBN_NUM_THREADS", "").strip()
+    if own:
+        number = _positive(own)
+        if not 1 <= number <= MAX_THREADS:
+            raise ValueError(f"FASTBN_NUM_THREADS must be an integer from 1 to {MAX_THREADS}, got {own!r}")
+        return Choice(number, f"FASTBN_NUM_THREADS={own}")
+
+    note = ""
+    openmp = environ.get("OMP_NUM_THREADS", "").strip()
+    if openmp:
+        number = _positive(openmp.partition(",")[0].strip())
+        if number:
+            return Choice(min(number, MAX_THREADS), f"OMP_NUM_THREADS={openmp}")
+        note = f"; OMP_NUM_THREADS={openmp!r} is not understood"
+
+    cpus = _affinity() if cpus is None else cpus
+    cores = len({_core(root, cpu) for cpu in cpus})
+    quota = min(map(_quota, _cgroups(root)), default=math.inf)
+    said = "no CPU quota" if quota == math.inf else f"a CPU quota of {quota:.4g}"
+    number = int(max(1, min(len(cpus), cores, quota, MAX_THREADS)))
+    return Choice(number, f"{len(cpus)} CPUs allowed, {cores} physical cores, {said}{note}")
+
+
+def _positive(text: str) -> int:
+    """Read a positive integer; 0 where there is none."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+
+
+def _affinity() -> Collection[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return range(os.cpu_count() or 1)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except (OSError, ValueError):  # ValueError: a path with a null byte, out of a file that makes no sense
+        return ""
+
+
+def _core(root: Path, cpu: int) -> str:
+    """Name the core of a CPU by the CPUs that share it; by the CPU alone where that is not told."""
+    topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+    return _read(topology / "core_cpus_list") or _read(topology / "thread_siblings_list") or str(cpu)
+
+
+def _cgroups(root: Path) -> Iterator[Path]:
+    """List the folders of this process's cgroup and of all above it, in every hierarchy that can limit CPU time."""
+    groups: dict[str, str] = {}
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        number, *rest = line.split(":", 2)
+        if number.isdigit() and len(rest) == 2:
+            groups |= dict.fromkeys(rest[0].split(","), rest[1])
+    for line in _read(root / "proc/self/mountinfo").splitlines():
+        mount, _, filesystem = line.partition(" - ")
+        try:
+            top, point = mount.split()[3:5]
+            kind, _, options = filesystem.split()[:3]
+        except ValueError:
+            continue
+        controller = {"cgroup2": "", "cgroup": "cpu"}.get(kind)
+        if controller not in groups or (controller == "cpu" and "cpu" not in options.split(",")):
+            continue
+        # A mount may show only a part of the hierarchy, as it does in containers. Where our own group is not in that
+        # part, its top is all that can be seen.
+        try:
+            below = PurePosixPath(groups[controller]).relative_to(top)
+        except ValueError:
+            below = PurePosixPath()
+        if ".." in below.parts:
+            below = PurePosixPath()
+        folder = root / point.replace("\\040", " ").lstrip("/")
+        yield from (folder / step for step in (below, *below.parents))
+
+
+def _quota(folder: Path) -> float:
+    """Read the CPUs' worth of time that a cgroup may use; infinity where nothing, or nothing sensible, is said."""
+    words = _read(folder / "cpu.max") or " ".join(
+        _read(folder / name) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    )
+    try:
+        quota, period = map(_positive, words.split())
+    except ValueError:
+        return math.inf
+    return quota / period if quota and period else math.inf
+
+
+CHOICE = choose()
+_native.set_num_threads(CHOICE.number)
+
+
+def why() -> str:
+    """Say where the present number comes from."""
+    return CHOICE.reason if get_num_threads() == CHOICE.number else "set_num_threads"
+
+
+def set_num_threads(n: int) -> None:
+    """Set the number of threads that a call may use, for the whole process.
+
+    A call uses this many or one: one where the work is too small to share, where the caller is already inside an OpenMP
+    parallel region, and while another thread's call has the others. Results do not depend on it.
+
+    Parameters
+    ----------
+    n : int
+        From 1 to 1024.
+
+    Raises
+    ------
+    TypeError
+        If `n` is not an integer.
+    ValueError
+        If `n` is out of range.
+
+    See Also
+    --------
+    num_threads : The same for the length of a block.
+
+    Notes
+    -----
+    Until it is called the number is that of the environment variable ``FASTBN_NUM_THREADS``, else of
+    ``OMP_NUM_THREADS``, else what affinity, physical cores and CPU quota allow; `show_config` says which.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> before = fastbn.get_num_threads()
+    >>> fastbn.set_num_threads(1)
+    >>> fastbn.get_num_threads()
+    1
+    >>> fastbn.set_num_threads(before)
+    """
+    number = operator.index(n)
+    if not 1 <= number <= MAX_THREADS:
+        raise ValueError(f"the number of threads must be from 1 to {MAX_THREADS}, got {number}")
+    _native.set_num_threads(number)
+
+
+def get_num_threads() -> int:
+    """Return the number of threads that a call may use.
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.get_num_threads() >= 1
+    True
+    """
+    return _native.get_num_threads()
+
+
+@contextmanager
+def num_threads(n: int) -> Iterator[None]:
+    """Use another number of threads for the length of a ``with`` block, or of a function that it decorates.
+
+    The number is the whole process's: other threads see it too while the block lasts, and blocks that overlap in
+    different threads end with whatever the last of them found.
+
+    Parameters
+    ----------
+    n : int
+        From 1 to 1024.
+
+    See Also
+    --------
+    set_num_threads : What a call does with the number.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> with fastbn.num_threads(1):
+    ...     fastbn.get_num_threads()
+    1
+    """
+    before = get_num_threads()
+    set_num_threads(n)
+    try:
+        yield
+    finally:
+        set_num_threads(before)
