@@ -86,6 +86,8 @@ def normalize(
     negative_slope: float,
     residual: Any,
     out: _Array | None,
+    mean_name: str = "mean",  # what error messages call them
+    var_name: str = "var",
 ) -> _Array: ...
 
 # normalize that can be differentiated: Saved.count is 0.
@@ -129,10 +131,23 @@ def isa() -> str: ...  # the tier in use
 def isas() -> tuple[str, ...]: ...  # the tiers this machine can run, best first
 def built_isas() -> tuple[str, ...]: ...  # the tiers compiled in
 def use_isa(name: str) -> None: ...  # for tests: change the tier
-def parallel_runtime() -> str: ...  # "openmp" or "serial"
+def known_isas() -> tuple[str, ...]: ...  # the tiers that this version has code for
+def parallel_runtime() -> str: ...  # "pthreads", "openmp" or "serial"
+def parallel_sees_openmp() -> bool: ...
 def parallel_counters() -> dict[str, int]: ...
 def machine() -> dict[str, int]: ...  # cache sizes the plan works with, bytes
 
 # The plan's decisions for a call, without running it.
-def plan(op: str, dtype: str, family: str, outer: int, channels: int, inner: int, threads: int) -> dict[str, Any]: ...
+def plan(
+    op: str,
+    dtype: str,
+    family: str,
+    outer: int,
+    channels: int,
+    inner: int,
+    threads: int,
+    gated: bool = False,
+    adjacent: bool = True,
+    machine: dict[str, int] | None = None,
+) -> dict[str, Any]: ...
 def copy(src: _Array, dst: _Array, threads: int) -> None: ...  # the streaming copy: contiguous, same size in bytes

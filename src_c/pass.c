@@ -25,6 +25,12 @@ int64_t fbn_gate_words(const fbn_geometry *g)
     return fbn_ceil_div(g->family == FBN_ROWS ? g->inner : g->channels, 16);
 }
 
+int64_t fbn_gate_bytes(const fbn_geometry *g)
+{
+    int64_t rows = g->family == FBN_ROWS ? g->outer * g->channels : g->outer;
+    return fbn_geometry_valid(g) ? rows * fbn_gate_words(g) * (int64_t)sizeof(uint16_t) : -1;
+}
+
 static uint16_t *fbn_gate_at(const fbn_pass *pass, int64_t o, int64_t c)
 {
     if (pass->gate == NULL) {
@@ -91,14 +97,14 @@ void fbn_partials_free(fbn_partials *p)
     p->memory = NULL;
 }
 
-/* Elements of a channel in one strip. */
-static double fbn_strip_count(const fbn_geometry *g, const fbn_blocks *b, int64_t strips, int64_t strip)
+/* Elements of a channel in strips [from, to). */
+static double fbn_strips_count(const fbn_geometry *g, const fbn_blocks *b, int64_t strips, int64_t from, int64_t to)
 {
     if (g->family == FBN_COLS) {
-        return (double)(fbn_part(g->outer, strip + 1, strips) - fbn_part(g->outer, strip, strips));
+        return (double)(fbn_part(g->outer, to, strips) - fbn_part(g->outer, from, strips));
     }
-    int64_t first = fbn_part(b->count, strip, strips);
-    int64_t last = fbn_part(b->count, strip + 1, strips);
+    int64_t first = fbn_part(b->count, from, strips);
+    int64_t last = fbn_part(b->count, to, strips);
     if (b->pieces == 1) {
         return (double)((fbn_min(last * b->planes, g->outer) - first * b->planes) * g->inner);
     }
@@ -189,6 +195,7 @@ void fbn_reduce(const fbn_pass *pass, fbn_partials *p, const double *mean, const
     }
 }
 
+/* A tree: its sums round less than a chain's, and float64 data have no digits to spare. */
 void fbn_combine(const fbn_pass *pass, fbn_partials *p, int64_t first, int64_t last)
 {
     const fbn_geometry *g = &pass->g;
@@ -196,21 +203,24 @@ void fbn_combine(const fbn_pass *pass, fbn_partials *p, int64_t first, int64_t l
     if (g->family == FBN_ROWS) {
         blocks = fbn_blocks_rows(g->outer, g->channels, g->inner);
     }
-    double count = fbn_strip_count(g, &blocks, p->strips, 0);
-    for (int64_t strip = 1; strip < p->strips; strip++) {
-        double more = fbn_strip_count(g, &blocks, p->strips, strip);
-        double share = more / (count + more);
-        double weight = count * share;
-        int64_t at = strip * g->channels;
-        for (int64_t c = first; c < last; c++) {
-            if (pass->backward) {
-                p->a[c] += p->a[at + c];
-                p->b[c] += p->b[at + c];
-            } else {
-                fbn_merge_into(&p->a[c], &p->b[c], &p->c[c], share, weight, p->a[at + c], p->b[at + c], p->c[at + c]);
+    for (int64_t step = 1; step < p->strips; step *= 2) {
+        for (int64_t strip = 0; strip + step < p->strips; strip += 2 * step) {
+            int64_t middle = strip + step;
+            double count = fbn_strips_count(g, &blocks, p->strips, strip, middle);
+            double more = fbn_strips_count(g, &blocks, p->strips, middle, fbn_min(middle + step, p->strips));
+            double share = more / (count + more);
+            double weight = count * share;
+            for (int64_t c = first; c < last; c++) {
+                int64_t a = strip * g->channels + c;
+                int64_t b = middle * g->channels + c;
+                if (pass->backward) {
+                    p->a[a] += p->a[b];
+                    p->b[a] += p->b[b];
+                } else {
+                    fbn_merge_into(&p->a[a], &p->b[a], &p->c[a], share, weight, p->a[b], p->b[b], p->c[b]);
+                }
             }
         }
-        count += more;
     }
 }
 

@@ -3,28 +3,35 @@
 
 #include "kernels/channel.h"
 
-#if defined(__unix__) || defined(__APPLE__)
-#include <unistd.h>
-#endif
+#include <stdio.h>
 
 static fbn_machine fbn_machine_now = {32 << 10, 512 << 10, 16 << 20};
 
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-static void fbn_ask(int name, int64_t *size)
+#if defined(__linux__)
+/* Of all sources the kernel's own tells what one core shares with its neighbours; the C library may report the sum over
+ * a whole package. Index 1 is the instruction cache. */
+static void fbn_ask(int index, int64_t *size)
 {
-    long value = sysconf(name);
-    if (value > 0) {
-        *size = value;
+    char path[64];
+    long kib = 0;
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu0/cache/index%d/size", index);
+    FILE *file = fopen(path, "r");
+    if (file == NULL) {
+        return;
     }
+    if (fscanf(file, "%ldK", &kib) == 1 && kib > 0 && kib < 1L << 24) {
+        *size = (int64_t)kib << 10;
+    }
+    fclose(file);
 }
 #endif
 
 void fbn_machine_init(void)
 {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    fbn_ask(_SC_LEVEL1_DCACHE_SIZE, &fbn_machine_now.l1);
-    fbn_ask(_SC_LEVEL2_CACHE_SIZE, &fbn_machine_now.l2);
-    fbn_ask(_SC_LEVEL3_CACHE_SIZE, &fbn_machine_now.l3);
+#if defined(__linux__)
+    fbn_ask(0, &fbn_machine_now.l1);
+    fbn_ask(2, &fbn_machine_now.l2);
+    fbn_ask(3, &fbn_machine_now.l3);
 #endif
 }
 

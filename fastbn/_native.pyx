@@ -1,0 +1,1105 @@
+# _native.pyx -- arrays in, geometry and pointers down: the only Cython, and the last place that Python can reach.
+#
+# Every function checks all of its arguments before it writes anything, and errors name the argument. What the C core
+# gets is a geometry, tensors, and parameters widened to float64.
+#
+# cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+import os
+
+cimport cython
+cimport numpy as cnp
+from cpython.object cimport PyObject
+from libc.math cimport isfinite, isnan, sqrt
+from libc.stdint cimport int64_t, intptr_t, uint8_t, uintptr_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
+
+import numpy as np
+
+cnp.import_array()
+
+try:
+    from ml_dtypes import bfloat16 as _bfloat16
+except ImportError:
+    _bfloat16 = None
+
+cdef extern from "fastbn.h" nogil:
+    ctypedef enum fbn_dtype:
+        FBN_F32, FBN_F64, FBN_F16, FBN_BF16, FBN_DTYPE_COUNT
+    ctypedef enum fbn_family:
+        FBN_ROWS, FBN_COLS
+    ctypedef enum fbn_activation:
+        FBN_IDENTITY, FBN_RELU, FBN_RELU6, FBN_LEAKY_RELU
+    ctypedef enum fbn_status:
+        FBN_OK, FBN_BAD_ARGUMENT, FBN_NO_MEMORY
+    ctypedef struct fbn_geometry:
+        fbn_dtype dtype
+        fbn_family family
+        int64_t outer, channels, inner
+    ctypedef struct fbn_tensor:
+        void *data
+        int64_t outer_stride, channel_stride
+    ctypedef struct fbn_moments:
+        int64_t count
+        double *mean
+        double *mean_lo
+        double *m2
+    ctypedef struct fbn_affine:
+        const double *mean
+        const double *mean_lo
+        const double *var
+        const double *weight
+        const double *bias
+        double eps
+    ctypedef struct fbn_act:
+        fbn_activation kind
+        double negative_slope
+    ctypedef struct fbn_prepared:
+        pass
+    int64_t fbn_gate_bytes(const fbn_geometry *g)
+    fbn_status fbn_moments_of(const fbn_geometry *g, fbn_tensor x, int threads, fbn_moments *out)
+    fbn_status fbn_forward(const fbn_geometry *g, fbn_tensor x, const fbn_tensor *residual, fbn_tensor y, uint8_t *gate,
+                           const fbn_affine *affine, fbn_act act, int threads, fbn_moments *out)
+    fbn_status fbn_normalize(const fbn_geometry *g, fbn_tensor x, const fbn_tensor *residual, fbn_tensor y,
+                             uint8_t *gate, const fbn_affine *affine, fbn_act act, int threads)
+    fbn_status fbn_prepare(fbn_dtype dtype, int64_t channels, const fbn_affine *affine, fbn_prepared **out)
+    void fbn_release(fbn_prepared *prepared)
+    fbn_status fbn_apply(const fbn_geometry *g, fbn_tensor x, const fbn_tensor *residual, fbn_tensor y, uint8_t *gate,
+                         const fbn_prepared *prepared, fbn_act act, int threads)
+    fbn_status fbn_backward_reduce(const fbn_geometry *g, fbn_tensor x, fbn_tensor dy, const uint8_t *gate,
+                                   const fbn_affine *affine, fbn_act act, int threads, double *sum_dy,
+                                   double *sum_dy_xmu)
+    fbn_status fbn_backward_apply(const fbn_geometry *g, fbn_tensor x, fbn_tensor dy, fbn_tensor dx,
+                                  const fbn_tensor *dresidual, const uint8_t *gate, const fbn_affine *affine,
+                                  fbn_act act, const double *sum_dy, const double *sum_dy_xmu, double count,
+                                  int threads)
+    fbn_status fbn_backward(const fbn_geometry *g, fbn_tensor x, fbn_tensor dy, fbn_tensor dx,
+                            const fbn_tensor *dresidual, const uint8_t *gate, const fbn_affine *affine, fbn_act act,
+                            bint training, int threads, double *sum_dy, double *sum_dy_xmu)
+    fbn_status fbn_copy(const void *src, void *dst, int64_t bytes, int threads)
+
+cdef extern from "geometry.h" nogil:
+    enum:
+        FBN_MAX_ARRAYS
+    ctypedef struct fbn_array:
+        char *data
+        const intptr_t *strides
+    bint fbn_collapse(fbn_dtype dtype, int ndim, int channel_axis, const intptr_t *shape, int count,
+                      const fbn_array *arrays, fbn_geometry *g, fbn_tensor *tensors)
+
+cdef extern from "plan.h" nogil:
+    ctypedef int fbn_op
+    ctypedef struct fbn_machine:
+        int64_t l1, l2, l3
+    ctypedef struct fbn_call:
+        fbn_op op
+        int threads
+        bint gated, adjacent
+    ctypedef struct fbn_plan:
+        int team
+        int64_t slab, panel
+        bint stream, backwards, ahead
+    fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *machine)
+    void fbn_machine_init()
+    const fbn_machine *fbn_this_machine()
+
+cdef extern from "dispatch.h" nogil:
+    ctypedef struct fbn_tier:
+        const char *name
+        bint built, runnable
+    bint fbn_dispatch(const char *cap)
+    const fbn_tier *fbn_tier_at(int i)
+    const char *fbn_isa_name()
+
+cdef extern from "parallel.h" nogil:
+    ctypedef struct fbn_parallel_counters:
+        long long parallel, contended
+    void fbn_parallel_init()
+    const char *fbn_parallel_runtime()
+    bint fbn_parallel_sees_openmp()
+    void fbn_set_num_threads(int n)
+    int fbn_get_num_threads()
+    fbn_parallel_counters fbn_parallel_count()
+
+cdef extern from "numpy/arrayobject.h":
+    bint PyArray_CheckExact(object)
+    bint PyArray_ISWRITEABLE(cnp.ndarray)
+    bint PyArray_ISNOTSWAPPED(cnp.ndarray)
+    bint PyArray_IS_C_CONTIGUOUS(cnp.ndarray)
+    cnp.ndarray PyArray_NewLikeArray(cnp.ndarray, cnp.NPY_ORDER, PyObject *, int)
+
+# ---- dtypes, activations, tiers: one table each ----
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+ACTIVATIONS = (None, "relu", "relu6", "leaky_relu")
+OPS = ("moments", "forward", "normalize", "reduce", "backward", "apply")
+FAMILIES = ("rows", "cols")
+
+cdef object _bf16_type = _bfloat16
+
+
+cdef int dtype_code(cnp.ndarray a) except -2:
+    """The dtype's number, whatever the byte order; -1 for one that is not ours."""
+    cdef int num = cnp.PyArray_TYPE(a)
+    if num == cnp.NPY_FLOAT32:
+        return FBN_F32
+    if num == cnp.NPY_FLOAT64:
+        return FBN_F64
+    if num == cnp.NPY_FLOAT16:
+        return FBN_F16
+    if _bf16_type is not None and a.dtype.type is _bf16_type:
+        return FBN_BF16
+    return -1
+
+
+cdef fbn_act activation_of(object name, object negative_slope) except *:
+    cdef fbn_act act
+    act.kind = FBN_IDENTITY
+    act.negative_slope = 0.0
+    if name is None:
+        return act
+    if not isinstance(name, str):
+        raise TypeError(f"activation must be None or one of {ACTIVATIONS[1:]}, got {type(name).__name__}")
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be None or one of {ACTIVATIONS[1:]}, got {name!r}")
+    act.kind = <fbn_activation><int>ACTIVATIONS.index(name)
+    act.negative_slope = number(negative_slope, "negative_slope")
+    if not isfinite(act.negative_slope):
+        raise ValueError(f"negative_slope must be finite, got {negative_slope!r}")
+    return act
+
+
+cdef double number(object value, str name) except? -1.0:
+    if type(value) is float:
+        return <double>value
+    if isinstance(value, (str, bytes)) or value is None:
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}") from None
+
+
+cdef double epsilon(object eps) except? -1.0:
+    cdef double value = number(eps, "eps")
+    if not (isfinite(value) and value >= 0.0):
+        raise ValueError(f"eps must be finite and not negative, got {eps!r}")
+    return value
+
+
+# ---- arrays ----
+
+cdef cnp.ndarray view_of(object x, str name):
+    """x as an ndarray that shares its memory."""
+    if PyArray_CheckExact(x):
+        return x
+    if isinstance(x, np.ndarray):
+        return np.asarray(x)
+    if hasattr(x, "__dlpack__"):
+        try:
+            return np.from_dlpack(x)
+        except Exception as error:
+            raise TypeError(f"{name} offers DLPack, but not as a CPU array that NumPy can view: {error}") from error
+    raise TypeError(f"{name} must be a NumPy array or a CPU tensor with __dlpack__, got {type(x).__name__}")
+
+
+cdef int data_code(cnp.ndarray a, str name) except -1:
+    cdef int code = dtype_code(a)
+    if code < 0:
+        raise TypeError(f"{name} must have dtype float32, float64, float16 or bfloat16, got {a.dtype}")
+    return code
+
+
+cdef int axis_of(cnp.ndarray x, object channel_axis) except -1:
+    cdef Py_ssize_t axis
+    cdef int ndim = cnp.PyArray_NDIM(x)
+    if ndim < 2:
+        raise ValueError(f"x must have at least 2 dimensions, got {ndim}")
+    if isinstance(channel_axis, bool):
+        raise TypeError("channel_axis must be an integer, got bool")
+    try:
+        axis = channel_axis
+    except TypeError:
+        raise TypeError(f"channel_axis must be an integer, got {type(channel_axis).__name__}") from None
+    except OverflowError:
+        axis = ndim
+    if axis < -ndim or axis >= ndim:
+        raise ValueError(f"channel_axis must be from {-ndim} to {ndim - 1} for {ndim}-D x, got {channel_axis}")
+    return <int>(axis + ndim if axis < 0 else axis)
+
+
+cdef bint same_shape(cnp.ndarray a, cnp.ndarray b) noexcept:
+    cdef int i
+    if cnp.PyArray_NDIM(a) != cnp.PyArray_NDIM(b):
+        return False
+    for i in range(cnp.PyArray_NDIM(a)):
+        if cnp.PyArray_DIM(a, i) != cnp.PyArray_DIM(b, i):
+            return False
+    return True
+
+
+cdef int check_like(cnp.ndarray a, cnp.ndarray x, int code, str name) except -1:
+    """a must have x's shape and dtype."""
+    if not same_shape(a, x):
+        raise ValueError(f"{name} must have the shape of x, {(<object>x).shape}, got {(<object>a).shape}")
+    if dtype_code(a) != code:
+        raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {a.dtype}")
+    return 0
+
+
+cdef cnp.ndarray output(object out, cnp.ndarray x, int code, str name):
+    cdef int i
+    cdef cnp.ndarray y
+    if out is None:
+        if PyArray_ISNOTSWAPPED(x):
+            return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+        return np.empty_like(x, dtype=x.dtype.newbyteorder("="), subok=False)
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"{name} must be None or a NumPy array, got {type(out).__name__}")
+    y = view_of(out, name)
+    check_like(y, x, code, name)
+    if not PyArray_ISWRITEABLE(y):
+        raise ValueError(f"{name} must be writeable, got a read-only array")
+    for i in range(cnp.PyArray_NDIM(y)):
+        if cnp.PyArray_STRIDE(y, i) == 0 and cnp.PyArray_DIM(y, i) > 1:
+            raise ValueError(f"{name} must have memory of its own for every element, got stride 0 along axis {i}")
+    return y
+
+
+cdef void extent(cnp.ndarray a, uintptr_t *low, uintptr_t *high) noexcept:
+    cdef int i
+    cdef intptr_t reach
+    low[0] = <uintptr_t>cnp.PyArray_DATA(a)
+    high[0] = low[0] + <uintptr_t>cnp.PyArray_ITEMSIZE(a)
+    for i in range(cnp.PyArray_NDIM(a)):
+        reach = (cnp.PyArray_DIM(a, i) - 1) * cnp.PyArray_STRIDE(a, i)
+        if reach < 0:
+            low[0] -= <uintptr_t>(-reach)
+        else:
+            high[0] += <uintptr_t>reach
+
+
+cdef bint clashes(cnp.ndarray a, cnp.ndarray out) noexcept:
+    """Whether writing out could spoil a that is yet to be read: they overlap, and not element upon element."""
+    cdef uintptr_t a0, a1, b0, b1
+    cdef int i
+    extent(a, &a0, &a1)
+    extent(out, &b0, &b1)
+    if a1 <= b0 or b1 <= a0:
+        return False
+    if cnp.PyArray_DATA(a) != cnp.PyArray_DATA(out):
+        return True
+    for i in range(cnp.PyArray_NDIM(a)):
+        if cnp.PyArray_DIM(a, i) > 1 and cnp.PyArray_STRIDE(a, i) != cnp.PyArray_STRIDE(out, i):
+            return True
+    return False
+
+
+cdef bint overlaps_itself(cnp.ndarray out):
+    """Whether two elements of out share memory (a window view): then it cannot be written in place."""
+    return np.lib.array_utils.byte_bounds(out)[1] - np.lib.array_utils.byte_bounds(out)[0] < out.nbytes
+
+
+cdef cnp.ndarray native_copy(cnp.ndarray a, cnp.ndarray like):
+    """a's values in aligned native memory of like's order."""
+    cdef cnp.ndarray b = np.empty_like(like, dtype=a.dtype.newbyteorder("="), subok=False)
+    b[...] = a
+    return b
+
+
+# ---- one call's arrays ----
+
+cdef struct Geometry:
+    fbn_geometry g
+    fbn_tensor t[4]
+
+
+cdef class Operands:
+    """Up to four arrays of one shape as one geometry; copies where strides, alignment, byte order or overlap ask for it.
+
+    The first array is x. Those from `written` on are outputs: what was computed into a copy is put back by finish().
+    """
+
+    cdef cnp.ndarray a0, a1, a2, a3
+    cdef object back  # [(array, its stand-in)] or None
+
+
+cdef bint collapse(cnp.ndarray x, cnp.ndarray b, cnp.ndarray c, cnp.ndarray d, int code, int axis, Geometry *geo) noexcept:
+    """Fills geo; tensors of absent arrays stay NULL."""
+    cdef fbn_array arrays[4]
+    cdef fbn_tensor tensors[4]
+    cdef int where[4]
+    cdef int n = 0
+    cdef int i
+    memset(geo, 0, sizeof(Geometry))
+    for i in range(4):
+        a = x if i == 0 else b if i == 1 else c if i == 2 else d
+        if a is None:
+            continue
+        if not PyArray_ISNOTSWAPPED(<cnp.ndarray>a):
+            return False
+        arrays[n].data = <char *>cnp.PyArray_DATA(<cnp.ndarray>a)
+        arrays[n].strides = <const intptr_t *>cnp.PyArray_STRIDES(<cnp.ndarray>a)
+        where[n] = i
+        n += 1
+    if not fbn_collapse(<fbn_dtype>code, cnp.PyArray_NDIM(x), axis, <const intptr_t *>cnp.PyArray_DIMS(x), n, arrays,
+                        &geo.g, tensors):
+        return False
+    for i in range(n):
+        geo.t[where[i]] = tensors[i]
+    return True
+
+
+cdef bint same_geometry(const fbn_geometry *a, const fbn_geometry *b) noexcept:
+    return a.family == b.family and a.outer == b.outer and a.channels == b.channels and a.inner == b.inner
+
+
+cdef Operands arrange(cnp.ndarray x, cnp.ndarray other, cnp.ndarray out, cnp.ndarray extra, int code, int axis,
+                      const fbn_geometry *wanted, object layout, Geometry *geo):
+    """Brings x, what is read beside it, and the outputs to one geometry (to `wanted`, in memory of `layout`, if given)."""
+    cdef Operands o = Operands.__new__(Operands)
+    o.a0, o.a1, o.a2, o.a3 = x, other, out, extra
+    # The common case first: nothing clashes and everything collapses together.
+    if out is not None:
+        if clashes(x, out):
+            o.a0 = native_copy(x, x)
+        if other is not None and clashes(other, out):
+            o.a1 = native_copy(other, x)
+    if collapse(o.a0, o.a1, o.a2, o.a3, code, axis, geo) and (wanted == NULL or same_geometry(&geo.g, wanted)) and (
+        out is None or not PyArray_ISWRITEABLE(out) or PyArray_IS_C_CONTIGUOUS(out) or not overlaps_itself(out)
+    ):
+        return o
+    # Then everything in the memory order of x, and at last x itself in memory without gaps.
+    for like, move_x in ((x, False), (x, True), (layout, True)):
+        if like is None:
+            continue
+        o.back = []
+        if move_x:
+            o.a0 = native_copy(x, like)
+        if other is not None:
+            o.a1 = native_copy(other, like)
+        if out is not None:
+            o.a2 = np.empty_like(like, dtype=out.dtype.newbyteorder("="), subok=False)
+            o.back.append((out, o.a2))
+        if extra is not None:
+            o.a3 = np.empty_like(like, dtype=extra.dtype.newbyteorder("="), subok=False)
+            o.back.append((extra, o.a3))
+        if collapse(o.a0, o.a1, o.a2, o.a3, code, axis, geo) and (wanted == NULL or same_geometry(&geo.g, wanted)):
+            return o
+    raise RuntimeError("fastbn: arrays without gaps did not collapse to one geometry")
+
+
+cdef int finish(Operands o) except -1:
+    if o.back is not None:
+        for array, copy in o.back:
+            array[...] = copy
+    return 0
+
+
+# ---- parameters ----
+
+cdef cnp.ndarray param_array(object p, Py_ssize_t channels, str name):
+    cdef cnp.ndarray a
+    if not isinstance(p, np.ndarray) and not hasattr(p, "__dlpack__"):
+        raise TypeError(f"{name} must be a 1-D float array of {channels} elements, got {type(p).__name__}")
+    a = view_of(p, name)
+    if dtype_code(a) < 0:
+        raise TypeError(f"{name} must have a float dtype, got {a.dtype}")
+    if cnp.PyArray_NDIM(a) != 1 or cnp.PyArray_DIM(a, 0) != channels:
+        raise ValueError(
+            f"{name} must have one element per channel, shape ({channels},), got {(<object>a).shape}"
+        )
+    return a
+
+
+cdef int load(object p, Py_ssize_t channels, str name, double *to) except -1:
+    """The elements of p as float64."""
+    cdef cnp.ndarray a = param_array(p, channels, name)
+    cdef Py_ssize_t i
+    cdef Py_ssize_t stride
+    cdef const char *data
+    cdef int code = cnp.PyArray_TYPE(a)
+    if not (code == cnp.NPY_FLOAT32 or code == cnp.NPY_FLOAT64) or not cnp.PyArray_ISBEHAVED_RO(a):
+        a = a.astype(np.float64)
+        code = cnp.NPY_FLOAT64
+    data = <const char *>cnp.PyArray_DATA(a)
+    stride = cnp.PyArray_STRIDE(a, 0)
+    if code == cnp.NPY_FLOAT32:
+        for i in range(channels):
+            to[i] = (<const float *>(data + i * stride))[0]
+    else:
+        for i in range(channels):
+            to[i] = (<const double *>(data + i * stride))[0]
+    return 0
+
+
+cdef class Params:
+    """Float64 copies of a call's parameters, `slots` arrays of one element per channel."""
+
+    cdef double *memory
+    cdef Py_ssize_t channels
+
+    def __dealloc__(self):
+        free(self.memory)
+
+    cdef double *slot(self, int i) noexcept:
+        return self.memory + i * self.channels
+
+
+cdef Params params(Py_ssize_t channels, int slots):
+    cdef Params p = Params.__new__(Params)
+    p.channels = channels
+    p.memory = <double *>malloc(<size_t>(channels * slots + 1) * sizeof(double))
+    if p.memory == NULL:
+        raise MemoryError(f"no memory for the parameters of {channels} channels")
+    return p
+
+
+cdef const double *optional(object p, Py_ssize_t channels, str name, double *to) except? NULL:
+    if p is None:
+        return NULL
+    load(p, channels, name, to)
+    return to
+
+
+cdef int running_check(object r, Py_ssize_t channels, str name) except -1:
+    """Running statistics are written in place, so only what can be written without a copy will do."""
+    cdef cnp.ndarray a
+    if not isinstance(r, np.ndarray):
+        raise TypeError(f"{name} must be a 1-D float array of {channels} elements, got {type(r).__name__}")
+    a = param_array(r, channels, name)
+    if dtype_code(a) != FBN_F32 and dtype_code(a) != FBN_F64:
+        raise TypeError(f"{name} must have dtype float32 or float64, got {a.dtype}")
+    if not PyArray_ISWRITEABLE(a):
+        raise ValueError(f"{name} must be writeable, got a read-only array")
+    if channels > 1 and cnp.PyArray_STRIDE(a, 0) == 0:
+        raise ValueError(f"{name} must have memory of its own for every channel, got stride 0")
+    return 0
+
+
+cdef int check(fbn_status status) except -1:
+    if status == FBN_NO_MEMORY:
+        raise MemoryError("fastbn: no memory for the scratch of this call")
+    if status != FBN_OK:
+        raise ValueError("fastbn: the core refused the sizes or strides of this call")
+    return 0
+
+
+# ---- what a forward leaves ----
+
+cdef class Saved:
+    """What a forward leaves for its backward: the statistics, the call's settings, and the gate where one is needed.
+
+    Immutable. ``count`` is the number of elements per channel, and 0 where the statistics were constants (inference).
+    """
+
+    cdef readonly int64_t count
+    cdef readonly double eps
+    cdef readonly int channel_axis
+    cdef readonly object activation
+    cdef readonly double negative_slope
+    cdef readonly bint has_residual
+    cdef readonly object mean
+    cdef readonly object var
+    cdef object mean_lo
+    cdef object gate
+    cdef object layout  # an array of the forward's memory order, of no memory of its own
+    cdef fbn_geometry geometry
+    cdef object shape
+    cdef int code
+
+    def __init__(self):
+        raise TypeError("Saved comes from batch_norm_forward")
+
+    def __repr__(self):
+        return f"<fastbn Saved: {self.mean.shape[0]} channels, count {self.count}, activation {self.activation!r}>"
+
+
+cdef object frozen_array(Py_ssize_t channels):
+    return np.empty(channels, dtype=np.float64)
+
+
+cdef Saved new_saved(cnp.ndarray x, int code, int axis, double eps, object activation, double slope, bint has_residual):
+    cdef Saved s = Saved.__new__(Saved)
+    s.eps = eps
+    s.channel_axis = axis
+    s.activation = activation
+    s.negative_slope = slope
+    s.has_residual = has_residual
+    s.code = code
+    s.shape = (<object>x).shape
+    return s
+
+
+cdef int make_gate(Saved s, Operands o, const Geometry *geo) except -1:
+    """An activation after a residual: its sign cannot be recomputed, so one bit an element is kept."""
+    if s.has_residual and s.activation is not None:
+        s.geometry = geo.g
+        s.gate = np.empty(fbn_gate_bytes(&geo.g), dtype=np.uint8)
+        s.layout = np.lib.stride_tricks.as_strided(np.empty(1, dtype=o.a0.dtype), s.shape, (<object>o.a0).strides)
+    return 0
+
+
+cdef uint8_t *gate_data(Saved s) noexcept:
+    return NULL if s.gate is None else <uint8_t *>cnp.PyArray_DATA(<cnp.ndarray>s.gate)
+
+
+# ---- forward ----
+
+cdef tuple run_forward(object x_given, object running_mean, object running_var, object weight, object bias,
+                       object momentum, object eps_given, object channel_axis, object activation,
+                       object negative_slope, object residual_given, object out):
+    cdef cnp.ndarray x = view_of(x_given, "x")
+    cdef int code = data_code(x, "x")
+    cdef int axis = axis_of(x, channel_axis)
+    cdef Py_ssize_t channels = cnp.PyArray_DIM(x, axis)
+    cdef double eps = epsilon(eps_given)
+    cdef fbn_act act = activation_of(activation, negative_slope)
+    cdef double factor = 0.0 if momentum is None else number(momentum, "momentum")
+    cdef cnp.ndarray residual = None
+    cdef cnp.ndarray y
+    cdef Params p = params(channels, 2)
+    cdef fbn_affine affine
+    cdef fbn_moments stats
+    cdef Geometry geo
+    cdef Saved saved
+    cdef Operands o
+    cdef fbn_status status
+    cdef int threads = fbn_get_num_threads()
+    cdef fbn_tensor *other = NULL
+    cdef uint8_t *gate
+    cdef Py_ssize_t i
+    memset(&affine, 0, sizeof(affine))
+    affine.eps = eps
+    affine.weight = optional(weight, channels, "weight", p.slot(0))
+    affine.bias = optional(bias, channels, "bias", p.slot(1))
+    if running_mean is not None:
+        running_check(running_mean, channels, "running_mean")
+    if running_var is not None:
+        running_check(running_var, channels, "running_var")
+    if isnan(factor):
+        raise ValueError("momentum must be a number, got nan")
+    if residual_given is not None:
+        residual = view_of(residual_given, "residual")
+        check_like(residual, x, code, "residual")
+    if cnp.PyArray_SIZE(x) > 0 and cnp.PyArray_SIZE(x) == channels:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {list((<object>x).shape)}"
+        )
+    y = output(out, x, code, "out")
+    saved = new_saved(x, code, axis, eps, activation, act.negative_slope, residual is not None)
+    mean = frozen_array(channels)
+    mean_lo = frozen_array(channels)
+    m2 = frozen_array(channels)
+    if cnp.PyArray_SIZE(x) == 0:
+        mean[...] = mean_lo[...] = m2[...] = 0.0
+        saved.mean, saved.mean_lo, saved.var = mean, mean_lo, m2
+        lock_saved(saved)
+        return y, saved
+    stats.mean = <double *>cnp.PyArray_DATA(<cnp.ndarray>mean)
+    stats.mean_lo = <double *>cnp.PyArray_DATA(<cnp.ndarray>mean_lo)
+    stats.m2 = <double *>cnp.PyArray_DATA(<cnp.ndarray>m2)
+    o = arrange(x, residual, y, None, code, axis, NULL, None, &geo)
+    make_gate(saved, o, &geo)
+    gate = gate_data(saved)
+    if residual is not None:
+        other = &geo.t[1]
+    with nogil:
+        status = fbn_forward(&geo.g, geo.t[0], other, geo.t[2], gate, &affine, act, threads, &stats)
+    check(status)
+    finish(o)
+    saved.count = stats.count
+    if running_mean is not None or running_var is not None:
+        update_running(running_mean, running_var, factor, &stats, channels)
+    for i in range(channels):
+        stats.m2[i] /= <double>stats.count
+    saved.mean, saved.mean_lo, saved.var = mean, mean_lo, m2
+    lock_saved(saved)
+    return y, saved
+
+
+cdef int lock_saved(Saved s) except -1:
+    cnp.PyArray_CLEARFLAGS(<cnp.ndarray>s.mean, cnp.NPY_ARRAY_WRITEABLE)
+    cnp.PyArray_CLEARFLAGS(<cnp.ndarray>s.mean_lo, cnp.NPY_ARRAY_WRITEABLE)
+    cnp.PyArray_CLEARFLAGS(<cnp.ndarray>s.var, cnp.NPY_ARRAY_WRITEABLE)
+    return 0
+
+
+cdef double running_get(cnp.ndarray a, Py_ssize_t i) noexcept:
+    cdef const char *at = <const char *>cnp.PyArray_DATA(a) + i * cnp.PyArray_STRIDE(a, 0)
+    return (<const float *>at)[0] if cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32 else (<const double *>at)[0]
+
+
+cdef void running_set(cnp.ndarray a, Py_ssize_t i, double value) noexcept:
+    cdef char *at = <char *>cnp.PyArray_DATA(a) + i * cnp.PyArray_STRIDE(a, 0)
+    if cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32:
+        (<float *>at)[0] = <float>value
+    else:
+        (<double *>at)[0] = value
+
+
+cdef int update_running(object running_mean, object running_var, double factor, const fbn_moments *stats,
+                        Py_ssize_t channels) except -1:
+    """running = (1 - factor) * running + factor * batch, with the unbiased variance. Nothing below can fail half way."""
+    cdef cnp.ndarray mean = running_mean
+    cdef cnp.ndarray var = running_var
+    cdef cnp.ndarray given_mean = mean
+    cdef cnp.ndarray given_var = var
+    cdef Py_ssize_t i
+    cdef double count = <double>stats.count
+    if mean is not None and not cnp.PyArray_ISBEHAVED_RO(mean):
+        mean = mean.astype(mean.dtype.newbyteorder("="))
+    if var is not None and not cnp.PyArray_ISBEHAVED_RO(var):
+        var = var.astype(var.dtype.newbyteorder("="))
+    for i in range(channels):
+        if mean is not None:
+            running_set(mean, i, (1.0 - factor) * running_get(mean, i) + factor * stats.mean[i])
+        if var is not None:
+            running_set(var, i, (1.0 - factor) * running_get(var, i) + factor * (stats.m2[i] / (count - 1.0)))
+    if mean is not given_mean:
+        given_mean[...] = mean
+    if var is not given_var:
+        given_var[...] = var
+    return 0
+
+
+def forward(x, weight, bias, eps, channel_axis, activation, negative_slope, residual, out):
+    return run_forward(x, None, None, weight, bias, None, eps, channel_axis, activation, negative_slope, residual, out)
+
+
+def forward_train(x, running_mean, running_var, weight, bias, momentum, eps, channel_axis, activation, negative_slope,
+                  residual, out):
+    return run_forward(x, running_mean, running_var, weight, bias, momentum, eps, channel_axis, activation,
+                       negative_slope, residual, out)
+
+
+# ---- inference ----
+
+cdef class Prepared:
+    """One channel-wise affine map made ready once; immutable, thread-safe."""
+
+    cdef fbn_prepared *prepared
+    cdef int code
+    cdef Py_ssize_t channels
+    cdef object axis
+    cdef fbn_act act
+
+    def __cinit__(self, *args, **kwargs):
+        self.prepared = NULL
+
+    def __init__(self, dtype, mean, var, weight, bias, eps, channel_axis, activation, negative_slope):
+        cdef fbn_affine affine
+        cdef Params p
+        cdef cnp.ndarray first
+        if self.prepared != NULL:
+            raise TypeError("a prepared map is immutable")
+        self.code = data_code(np.empty(0, dtype=dtype), "dtype")
+        first = view_of(mean, "mean")
+        if cnp.PyArray_NDIM(first) != 1:
+            raise ValueError(f"mean must be 1-D, got {cnp.PyArray_NDIM(first)} dimensions")
+        self.channels = cnp.PyArray_DIM(first, 0)
+        self.act = activation_of(activation, negative_slope)
+        self.axis = channel_axis.__index__()
+        p = params(self.channels, 4)
+        memset(&affine, 0, sizeof(affine))
+        fill_affine(&affine, p, mean, var, weight, bias, eps)
+        check(fbn_prepare(<fbn_dtype>self.code, self.channels, &affine, &self.prepared))
+
+    def __dealloc__(self):
+        fbn_release(self.prepared)
+
+    def __call__(self, x, residual=None, out=None):
+        cdef cnp.ndarray vx = view_of(x, "x")
+        cdef cnp.ndarray vr = None
+        cdef cnp.ndarray y
+        cdef int code = data_code(vx, "x")
+        cdef int axis = axis_of(vx, self.axis)
+        cdef Geometry geo
+        cdef Operands o
+        cdef fbn_status status
+        cdef fbn_tensor *other = NULL
+        cdef int threads = fbn_get_num_threads()
+        if self.prepared == NULL:
+            raise TypeError("this map was never prepared")
+        if code != self.code:
+            raise TypeError(f"x must have dtype {DTYPES[self.code]}, got {vx.dtype}")
+        if cnp.PyArray_DIM(vx, axis) != self.channels:
+            raise ValueError(
+                f"x must have {self.channels} channels along axis {axis}, got {cnp.PyArray_DIM(vx, axis)}"
+            )
+        if residual is not None:
+            vr = view_of(residual, "residual")
+            check_like(vr, vx, code, "residual")
+            other = &geo.t[1]
+        y = output(out, vx, code, "out")
+        if cnp.PyArray_SIZE(vx) == 0:
+            return out if out is not None else y
+        o = arrange(vx, vr, y, None, code, axis, NULL, None, &geo)
+        with nogil:
+            status = fbn_apply(&geo.g, geo.t[0], other, geo.t[2], NULL, self.prepared, self.act, threads)
+        check(status)
+        finish(o)
+        return out if out is not None else y
+
+
+cdef int fill_affine(fbn_affine *affine, Params p, object mean, object var, object weight, object bias,
+                     object eps, str mean_name="mean", str var_name="var") except -1:
+    affine.eps = epsilon(eps)
+    load(mean, p.channels, mean_name, p.slot(0))
+    load(var, p.channels, var_name, p.slot(1))
+    affine.mean = p.slot(0)
+    affine.var = p.slot(1)
+    affine.weight = optional(weight, p.channels, "weight", p.slot(2))
+    affine.bias = optional(bias, p.channels, "bias", p.slot(3))
+    return 0
+
+
+cdef tuple run_normalize(object x_given, object mean, object var, object weight, object bias, object eps,
+                         object channel_axis, object activation, object negative_slope, object residual_given,
+                         object out, bint save, str mean_name, str var_name):
+    cdef cnp.ndarray x = view_of(x_given, "x")
+    cdef int code = data_code(x, "x")
+    cdef int axis = axis_of(x, channel_axis)
+    cdef Py_ssize_t channels = cnp.PyArray_DIM(x, axis)
+    cdef fbn_act act = activation_of(activation, negative_slope)
+    cdef cnp.ndarray residual = None
+    cdef cnp.ndarray y
+    cdef Params p = params(channels, 4)
+    cdef fbn_affine affine
+    cdef Geometry geo
+    cdef Saved saved = None
+    cdef Operands o
+    cdef fbn_status status
+    cdef int threads = fbn_get_num_threads()
+    cdef fbn_tensor *other = NULL
+    cdef uint8_t *gate = NULL
+    cdef Py_ssize_t i
+    memset(&affine, 0, sizeof(affine))
+    fill_affine(&affine, p, mean, var, weight, bias, eps, mean_name, var_name)
+    if residual_given is not None:
+        residual = view_of(residual_given, "residual")
+        check_like(residual, x, code, "residual")
+        other = &geo.t[1]
+    y = output(out, x, code, "out")
+    if save:
+        saved = new_saved(x, code, axis, affine.eps, activation, act.negative_slope, residual is not None)
+        saved.mean, saved.mean_lo, saved.var = frozen_array(channels), frozen_array(channels), frozen_array(channels)
+        for i in range(channels):
+            (<double *>cnp.PyArray_DATA(<cnp.ndarray>saved.mean))[i] = affine.mean[i]
+            (<double *>cnp.PyArray_DATA(<cnp.ndarray>saved.mean_lo))[i] = 0.0
+            (<double *>cnp.PyArray_DATA(<cnp.ndarray>saved.var))[i] = affine.var[i]
+        lock_saved(saved)
+    if cnp.PyArray_SIZE(x) == 0:
+        return y, saved
+    o = arrange(x, residual, y, None, code, axis, NULL, None, &geo)
+    if save:
+        make_gate(saved, o, &geo)
+        gate = gate_data(saved)
+    with nogil:
+        status = fbn_normalize(&geo.g, geo.t[0], other, geo.t[2], gate, &affine, act, threads)
+    check(status)
+    finish(o)
+    return y, saved
+
+
+def normalize(x, mean, var, weight, bias, eps, channel_axis, activation, negative_slope, residual, out,
+              mean_name="mean", var_name="var"):
+    y, _ = run_normalize(x, mean, var, weight, bias, eps, channel_axis, activation, negative_slope, residual, out, False,
+                         mean_name, var_name)
+    return y if out is None else out
+
+
+def forward_eval(x, mean, var, weight, bias, eps, channel_axis, activation, negative_slope, residual, out):
+    return run_normalize(x, mean, var, weight, bias, eps, channel_axis, activation, negative_slope, residual, out, True,
+                         "mean", "var")
+
+
+# ---- backward ----
+
+cdef object gradient_of(object param, int code, Py_ssize_t channels, const double *values):
+    cdef Py_ssize_t i
+    cdef cnp.ndarray g = np.empty(channels, dtype=np.float64)
+    for i in range(channels):
+        (<double *>cnp.PyArray_DATA(g))[i] = values[i]
+    if param is not None:
+        return g.astype(view_of(param, "weight").dtype.newbyteorder("="), copy=False)
+    return g if code == FBN_F64 else g.astype(np.float32)
+
+
+def backward(grad_output, x, Saved saved not None, weight, bias, out):
+    cdef cnp.ndarray vx = view_of(x, "x")
+    cdef cnp.ndarray dy = view_of(grad_output, "grad_output")
+    cdef int code = data_code(vx, "x")
+    cdef int axis = saved.channel_axis
+    cdef Py_ssize_t channels
+    cdef cnp.ndarray dx
+    cdef cnp.ndarray dresidual = None
+    cdef Params p
+    cdef fbn_affine affine
+    cdef Geometry geo
+    cdef Operands o
+    cdef fbn_act act
+    cdef fbn_status status
+    cdef int threads = fbn_get_num_threads()
+    cdef fbn_tensor *extra = NULL
+    cdef const uint8_t *gate
+    cdef const fbn_geometry *wanted = NULL
+    cdef double *sum_dy
+    cdef double *sum_dy_xmu
+    cdef double deviation
+    cdef bint training = saved.count > 0
+    cdef Py_ssize_t i
+    if code != saved.code:
+        raise TypeError(f"x must have the dtype of the forward's x, {DTYPES[saved.code]}, got {vx.dtype}")
+    if (<object>vx).shape != saved.shape:
+        raise ValueError(f"x must have the shape of the forward's x, {saved.shape}, got {(<object>vx).shape}")
+    check_like(dy, vx, code, "grad_output")
+    channels = cnp.PyArray_DIM(vx, axis)
+    act = activation_of(saved.activation, saved.negative_slope)
+    p = params(channels, 4)
+    memset(&affine, 0, sizeof(affine))
+    affine.eps = saved.eps
+    affine.mean = <const double *>cnp.PyArray_DATA(<cnp.ndarray>saved.mean)
+    affine.mean_lo = <const double *>cnp.PyArray_DATA(<cnp.ndarray>saved.mean_lo)
+    affine.var = <const double *>cnp.PyArray_DATA(<cnp.ndarray>saved.var)
+    affine.weight = optional(weight, channels, "weight", p.slot(0))
+    affine.bias = optional(bias, channels, "bias", p.slot(1))
+    sum_dy = p.slot(2)
+    sum_dy_xmu = p.slot(3)
+    dx = output(out, vx, code, "out")
+    if saved.has_residual:
+        dresidual = output(None, vx, code, "grad_residual")
+        extra = &geo.t[3]
+    if cnp.PyArray_SIZE(vx) == 0:
+        memset(sum_dy, 0, <size_t>(2 * channels) * sizeof(double))
+    else:
+        gate = gate_data(saved)
+        if gate != NULL:
+            wanted = &saved.geometry
+        o = arrange(vx, dy, dx, dresidual, code, axis, wanted, saved.layout, &geo)
+        with nogil:
+            status = fbn_backward(&geo.g, geo.t[0], geo.t[1], geo.t[2], extra, gate, &affine, act, training, threads,
+                                  sum_dy, sum_dy_xmu)
+        check(status)
+        finish(o)
+    for i in range(channels):
+        deviation = sqrt(affine.var[i] + affine.eps)
+        if not (training and deviation == 0.0):
+            sum_dy_xmu[i] /= deviation
+        else:
+            sum_dy_xmu[i] = 0.0
+    dweight = gradient_of(weight, code, channels, sum_dy_xmu)
+    dbias = gradient_of(weight if bias is None else bias, code, channels, sum_dy)
+    return dx if out is None else out, dweight, dbias, dresidual
+
+
+# ---- building blocks ----
+
+def moments(x, channel_axis):
+    cdef cnp.ndarray vx = view_of(x, "x")
+    cdef int code = data_code(vx, "x")
+    cdef int axis = axis_of(vx, channel_axis)
+    cdef Py_ssize_t channels = cnp.PyArray_DIM(vx, axis)
+    cdef fbn_moments stats
+    cdef Geometry geo
+    cdef Operands o
+    cdef fbn_status status
+    cdef int threads = fbn_get_num_threads()
+    mean = np.zeros(channels, dtype=np.float64)
+    mean_lo = np.zeros(channels, dtype=np.float64)
+    m2 = np.zeros(channels, dtype=np.float64)
+    if cnp.PyArray_SIZE(vx) == 0:
+        return 0, mean, mean_lo, m2
+    stats.mean = <double *>cnp.PyArray_DATA(<cnp.ndarray>mean)
+    stats.mean_lo = <double *>cnp.PyArray_DATA(<cnp.ndarray>mean_lo)
+    stats.m2 = <double *>cnp.PyArray_DATA(<cnp.ndarray>m2)
+    o = arrange(vx, None, None, None, code, axis, NULL, None, &geo)
+    with nogil:
+        status = fbn_moments_of(&geo.g, geo.t[0], threads, &stats)
+    check(status)
+    return stats.count, mean, mean_lo, m2
+
+
+def backward_reduce(grad_output, x, mean, channel_axis):
+    cdef cnp.ndarray vx = view_of(x, "x")
+    cdef cnp.ndarray dy = view_of(grad_output, "grad_output")
+    cdef int code = data_code(vx, "x")
+    cdef int axis = axis_of(vx, channel_axis)
+    cdef Py_ssize_t channels = cnp.PyArray_DIM(vx, axis)
+    cdef fbn_affine affine
+    cdef fbn_act act = activation_of(None, None)
+    cdef Geometry geo
+    cdef Operands o
+    cdef fbn_status status
+    cdef int threads = fbn_get_num_threads()
+    cdef Params p = params(channels, 1)
+    cdef double *a
+    cdef double *b
+    check_like(dy, vx, code, "grad_output")
+    load(mean, channels, "mean", p.slot(0))
+    memset(&affine, 0, sizeof(affine))
+    affine.mean = affine.var = p.slot(0)  # sums without an activation do not look at the variance
+    sum_dy = np.zeros(channels, dtype=np.float64)
+    sum_dy_xmu = np.zeros(channels, dtype=np.float64)
+    if cnp.PyArray_SIZE(vx) == 0:
+        return sum_dy, sum_dy_xmu
+    a = <double *>cnp.PyArray_DATA(<cnp.ndarray>sum_dy)
+    b = <double *>cnp.PyArray_DATA(<cnp.ndarray>sum_dy_xmu)
+    o = arrange(vx, dy, None, None, code, axis, NULL, None, &geo)
+    with nogil:
+        status = fbn_backward_reduce(&geo.g, geo.t[0], geo.t[1], NULL, &affine, act, threads, a, b)
+    check(status)
+    return sum_dy, sum_dy_xmu
+
+
+def backward_apply(grad_output, x, mean, var, weight, sum_dy, sum_dy_xmu, count, eps, channel_axis, out):
+    cdef cnp.ndarray vx = view_of(x, "x")
+    cdef cnp.ndarray dy = view_of(grad_output, "grad_output")
+    cdef int code = data_code(vx, "x")
+    cdef int axis = axis_of(vx, channel_axis)
+    cdef Py_ssize_t channels = cnp.PyArray_DIM(vx, axis)
+    cdef fbn_affine affine
+    cdef fbn_act act = activation_of(None, None)
+    cdef Geometry geo
+    cdef Operands o
+    cdef fbn_status status
+    cdef int threads = fbn_get_num_threads()
+    cdef Params p = params(channels, 6)
+    cdef cnp.ndarray dx
+    cdef double n = number(count, "count")
+    cdef double *a = p.slot(4)
+    cdef double *b = p.slot(5)
+    check_like(dy, vx, code, "grad_output")
+    memset(&affine, 0, sizeof(affine))
+    fill_affine(&affine, p, mean, var, weight, None, eps)
+    load(sum_dy, channels, "sum_dy", a)
+    load(sum_dy_xmu, channels, "sum_dy_xmu", b)
+    if not (isfinite(n) and n >= 0.0):
+        raise ValueError(f"count must be finite and not negative, got {count!r}")
+    dx = output(out, vx, code, "out")
+    if cnp.PyArray_SIZE(vx) > 0:
+        o = arrange(vx, dy, dx, None, code, axis, NULL, None, &geo)
+        with nogil:
+            status = fbn_backward_apply(&geo.g, geo.t[0], geo.t[1], geo.t[2], NULL, NULL, &affine, act, a, b, n, threads)
+        check(status)
+        finish(o)
+    return dx if out is None else out
+
+
+# ---- the machine ----
+
+def set_num_threads(int n):
+    fbn_set_num_threads(n)
+
+
+def get_num_threads():
+    return fbn_get_num_threads()
+
+
+def isa():
+    return fbn_isa_name().decode()
+
+
+cdef tuple tiers(bint need_runnable):
+    names = []
+    i = 0
+    while fbn_tier_at(i) != NULL:
+        if fbn_tier_at(i).runnable or (fbn_tier_at(i).built and not need_runnable):
+            names.append(fbn_tier_at(i).name.decode())
+        i += 1
+    return tuple(names)
+
+
+def isas():
+    return tiers(True)
+
+
+def built_isas():
+    return tiers(False)
+
+
+def known_isas():
+    names = []
+    i = 0
+    while fbn_tier_at(i) != NULL:
+        names.append(fbn_tier_at(i).name.decode())
+        i += 1
+    return tuple(names)
+
+
+def use_isa(str name not None):
+    if not fbn_dispatch(name.encode()):
+        known = name in known_isas()
+        raise ValueError(
+            f"ISA {name!r} cannot run here; this machine has {', '.join(isas())}" if known
+            else f"unknown ISA {name!r}; the known ones are {', '.join(known_isas())}"
+        )
+
+
+def parallel_runtime():
+    return fbn_parallel_runtime().decode()
+
+
+def parallel_sees_openmp():
+    return bool(fbn_parallel_sees_openmp())
+
+
+def parallel_counters():
+    cdef fbn_parallel_counters c = fbn_parallel_count()
+    return {"parallel": c.parallel, "contended": c.contended}
+
+
+def machine():
+    return {"l1": fbn_this_machine().l1, "l2": fbn_this_machine().l2, "l3": fbn_this_machine().l3}
+
+
+def plan(str op, str dtype, str family, outer, channels, inner, threads, gated=False, adjacent=True, machine=None):
+    """The plan's decisions for a call, without running it; machine overrides cache sizes: {"l1", "l2", "l3"} in bytes."""
+    cdef fbn_geometry g
+    cdef fbn_call call
+    cdef fbn_machine m = fbn_this_machine()[0]
+    cdef fbn_plan p
+    g.dtype = <fbn_dtype><int>DTYPES.index(dtype)
+    g.family = <fbn_family><int>FAMILIES.index(family)
+    g.outer, g.channels, g.inner = outer, channels, inner
+    call.op = OPS.index(op)
+    call.threads, call.gated, call.adjacent = threads, gated, adjacent
+    if machine is not None:
+        m.l1, m.l2, m.l3 = machine["l1"], machine["l2"], machine["l3"]
+    p = fbn_make_plan(&g, &call, &m)
+    return {"team": p.team, "slab": p.slab, "panel": p.panel, "stream": bool(p.stream),
+            "backwards": bool(p.backwards), "ahead": bool(p.ahead)}
+
+
+def copy(src, dst, int threads):
+    cdef cnp.ndarray a = view_of(src, "src")
+    cdef cnp.ndarray b = view_of(dst, "dst")
+    cdef int64_t size = cnp.PyArray_NBYTES(a)
+    cdef const void *p = cnp.PyArray_DATA(a)
+    cdef void *q = cnp.PyArray_DATA(b)
+    cdef fbn_status status
+    for name, array in (("src", a), ("dst", b)):
+        if not (array.flags.c_contiguous or array.flags.f_contiguous):
+            raise ValueError(f"{name} must be contiguous")
+    if cnp.PyArray_NBYTES(b) != size:
+        raise ValueError(f"dst must have the size of src, {size} bytes, got {b.nbytes}")
+    if not PyArray_ISWRITEABLE(b):
+        raise ValueError("dst must be writeable, got a read-only array")
+    if (<uintptr_t>p) % 64 or (<uintptr_t>q) % 64:
+        raise ValueError("src and dst must be aligned to 64 bytes")
+    with nogil:
+        status = fbn_copy(p, q, size, threads)
+    check(status)
+
+
+cdef int _init() except -1:
+    cap = os.environ.get("FASTBN_ISA") or None
+    fbn_machine_init()
+    fbn_parallel_init()
+    fbn_dispatch(NULL)
+    if cap is not None:
+        use_isa(cap)
+    return 0
+
+
+_init()
