@@ -319,8 +319,9 @@ def normalize(
     >>> import numpy as np, fastbn
     >>> x = np.array([[1.0, 5.0], [3.0, 5.0]])
     >>> m = fastbn.moments(x)
-    >>> fastbn.normalize(x, m.mean, m.var(), eps=0.0, bias=np.ones(2), weight=np.array([1.0, 0.0]))[0]
-    array([0., nan])
+    >>> fastbn.normalize(x, m.mean, np.ones(2), eps=0.0, bias=np.full(2, 7.0))
+    array([[6., 7.],
+           [8., 7.]])
     """
     return _native.normalize(
         x, mean, var, weight, bias, eps, channel_axis, activation, negative_slope, residual, out, "mean", "var"

@@ -8,16 +8,25 @@
  * team; team may be 1 where more was asked for. */
 typedef void (*fbn_task)(int tid, int team, void *context);
 
-/* Calls task on a team of at most `threads`. The team is 1 or `threads`, never in between: a runtime that keeps one pool
- * rebuilds it when the size changes. It is 1 when the caller is already inside a parallel region or when another caller
- * holds the team. Returns when every member has finished. */
+enum { FBN_MAX_THREADS = 1024 };
+
+/* Calls task on a team of `threads`, or of 1: when the caller is already inside a parallel region, when another caller
+ * holds the team, or when no more threads are to be had. An OpenMP limit on the calling thread (threadpoolctl) cuts the
+ * team to the limit. Returns when every member has finished; members see the caller's floating-point environment. */
 void fbn_parallel(int threads, fbn_task task, void *context);
 
 /* Once, at import: fork handlers. */
 void fbn_parallel_init(void);
 
-/* What threading this build has: "openmp" or "serial". */
+/* Where the team comes from: "pthreads", "openmp" or "serial". */
 const char *fbn_parallel_runtime(void);
+
+/* Whether this build sees the parallel regions and limits of other OpenMP programs in the process. */
+bool fbn_parallel_sees_openmp(void);
+
+/* The process-wide number, which callers pass to fbn_parallel; 1 until it is set. */
+void fbn_set_num_threads(int n);
+int fbn_get_num_threads(void);
 
 /* Counters for tests: regions entered with more than one thread, and regions that ran serially because the team was
  * taken. */

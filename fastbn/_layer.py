@@ -1,0 +1,670 @@
+"""_layer.py -- BatchNorm: the parameters, the running statistics and the modes around the kernels."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+import os
+import threading
+import weakref
+from collections.abc import Mapping
+from itertools import starmap
+from typing import IO, Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from fastbn import _native, _state
+from fastbn._frozen import FrozenBatchNorm
+
+__all__ = ["BatchNorm"]
+
+_Array = NDArray[Any]
+_File = str | os.PathLike[str] | IO[bytes]
+
+_ACTIVATIONS = (None, "relu", "relu6", "leaky_relu")
+_GUARDS = ("propagate", "skip", "raise")
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_PICKLE_VERSION = 1
+
+# A lock that another thread holds at the moment of a fork would stay locked in the child for ever.
+_layers: weakref.WeakSet[BatchNorm] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    for layer in _layers:
+        layer._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
+
+
+def _array(name: str, doc: str) -> property:
+    """Return an attribute that gives the array itself, and that checks and copies in what is assigned to it."""
+
+    def get(layer: BatchNorm) -> Any:
+        return getattr(layer, "_" + name)
+
+    def assign(layer: BatchNorm, value: ArrayLike) -> None:
+        array = get(layer)
+        if array is None:
+            raise ValueError(f"{name} cannot be assigned: this layer was made without it")
+        array[...] = _state.as_parameter(name, value, array.dtype, array.shape)
+
+    return property(get, assign, doc=doc)
+
+
+class BatchNorm:
+    """Batch normalization with parameters and running statistics, as PyTorch's ``BatchNorm1d`` to ``BatchNorm3d``.
+
+    Parameters
+    ----------
+    num_features : int
+        Channels, C.
+    eps : float, default 1e-5
+        Added to the variance.
+    momentum : float or None, default 0.1
+        Share of a batch in the running statistics, between 0 and 1; None makes them the plain average over all batches.
+    affine : bool, default True
+        Whether there are a `weight` (ones at first) and a `bias` (zeros at first).
+    track_running_stats : bool, default True
+        Whether there are running statistics. Without them every call normalizes with its own batch, in eval mode too.
+    channel_axis : int, default 1
+        The axis of the channels: 1 for NCHW and NC, -1 for NHWC.
+    activation : {None, "relu", "relu6", "leaky_relu"}, optional
+        Applied last, in the same sweep.
+    negative_slope : float, default 0.01
+        Of ``"leaky_relu"``.
+    dtype : dtype, default float32
+        Of the data: float16, bfloat16, float32 or float64. Parameters and statistics are float64 for float64 data, and
+        float32 otherwise.
+    on_nonfinite : {"propagate", "skip", "raise"}, default "propagate"
+        What a training batch does whose statistics are not finite in the dtype of the running ones. It poisons them for
+        good; or it leaves them alone and is counted in `num_batches_skipped`; or it is a ValueError, before anything is
+        written (which takes one more reading of the batch).
+
+    Attributes
+    ----------
+    weight, bias : numpy.ndarray, shape (C,), or None
+        Change them in place, or assign an array: it is checked and copied in.
+    running_mean, running_var : numpy.ndarray, shape (C,), or None
+        The same.
+    num_batches_tracked : int or None
+        Batches that went into the running statistics.
+    num_batches_skipped : int
+        Batches that `on_nonfinite` kept out of them.
+    training : bool
+        The mode; True at first.
+    grad_weight, grad_bias : numpy.ndarray, shape (C,), or None
+        Of the last `backward`.
+    grad_residual : numpy.ndarray, shape of x, or None
+        Of the last `backward`, where its forward had a residual.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not of the kind or in the range above.
+
+    Notes
+    -----
+    Training normalizes with the batch's mean and biased variance, ``y = (x - mean) / sqrt(var + eps) * weight + bias``
+    (Ioffe & Szegedy 2015, algorithm 1), and moves the running statistics by ``running = (1 - momentum) * running +
+    momentum * batch``, the variance being the unbiased one. Eval mode normalizes with the running statistics.
+
+    A call remembers its `x`, by reference, for the `backward` of the same thread, until the next call of that thread.
+    So do not change `x` in between, nor weight and bias. A server wants `freeze`, or ``eval(backward=False)``, which
+    remember nothing.
+
+    Several threads may use one layer. Training calls wait for one another; calls in eval mode do not. The running
+    statistics and the counter change together or, on any error, not at all.
+
+    ``copy.copy`` and ``copy.deepcopy`` both give an independent layer. A copy or a pickle carries the parameters, the
+    statistics, the settings and the mode, not the gradients nor what a call remembered.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> bn = fastbn.BatchNorm(2)
+    >>> x = np.array([[1, 10], [3, 30]], dtype=np.float32)
+    >>> bn(x).round(3)
+    array([[-1., -1.],
+           [ 1.,  1.]], dtype=float32)
+    >>> bn.running_mean, bn.num_batches_tracked
+    (array([0.2, 2. ], dtype=float32), 1)
+    >>> bn.backward(np.ones_like(x)).round(3)
+    array([[0., 0.],
+           [0., 0.]], dtype=float32)
+    >>> bn.grad_bias
+    array([2., 2.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        channel_axis: int = 1,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        dtype: DTypeLike = np.float32,
+        on_nonfinite: str = "propagate",
+    ) -> None:
+        self._configure(
+            num_features=num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            channel_axis=channel_axis,
+            activation=activation,
+            negative_slope=negative_slope,
+            dtype=dtype,
+            on_nonfinite=on_nonfinite,
+        )
+        fresh = {name: np.zeros_like(zeros, subok=False) for name, zeros in self._template().items()}
+        for name in ("weight", "running_var"):
+            if name in fresh:
+                fresh[name] += 1
+        self._fill(fresh)
+
+    def _configure(
+        self,
+        *,
+        num_features: int,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        channel_axis: int,
+        activation: str | None,
+        negative_slope: float,
+        dtype: DTypeLike,
+        on_nonfinite: str,
+    ) -> None:
+        self.num_features = operator.index(num_features)
+        if self.num_features < 0:
+            raise ValueError(f"num_features must be at least 0, got {num_features}")
+        self.eps = _number("eps", eps, 0.0, math.inf)
+        self.momentum = None if momentum is None else _number("momentum", momentum, 0.0, 1.0)
+        self.affine = bool(affine)
+        self.track_running_stats = bool(track_running_stats)
+        self.channel_axis = operator.index(channel_axis)
+        self.activation = _choice("activation", activation, _ACTIVATIONS)
+        self.negative_slope = _number("negative_slope", negative_slope, -math.inf, math.inf)
+        self.dtype = np.dtype(dtype)
+        if self.dtype.name not in _DTYPES:
+            raise TypeError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype}")
+        self.on_nonfinite = _choice("on_nonfinite", on_nonfinite, _GUARDS)
+        self.training = True
+        self.num_batches_skipped = 0
+        self.grad_weight: _Array | None = None
+        self.grad_bias: _Array | None = None
+        self.grad_residual: _Array | None = None
+        self._backward_follows = True
+        self._lock = threading.Lock()
+        self._last = threading.local()
+        _layers.add(self)
+
+    def _template(self) -> dict[str, _Array]:
+        dtype = np.float64 if self.dtype.name == "float64" else np.float32
+        return _state.template(self.num_features, dtype, self.affine, self.track_running_stats)
+
+    def _fill(self, arrays: Mapping[str, _Array]) -> None:
+        # None where the layer was made without: Any, lest every use had to say that it knows.
+        self._weight: Any = arrays.get("weight")
+        self._bias: Any = arrays.get("bias")
+        self._running_mean: Any = arrays.get("running_mean")
+        self._running_var: Any = arrays.get("running_var")
+        self.num_batches_tracked: Any = int(arrays["num_batches_tracked"]) if self.track_running_stats else None
+
+    weight = _array("weight", "Scale of every channel, shape (C,); None with ``affine=False``.")
+    bias = _array("bias", "Shift of every channel, shape (C,); None with ``affine=False``.")
+    running_mean = _array("running_mean", "Running mean, shape (C,); None with ``track_running_stats=False``.")
+    running_var = _array("running_var", "Running variance, shape (C,); None with ``track_running_stats=False``.")
+
+    def __call__(self, x: Any, residual: Any = None, out: _Array | None = None) -> _Array:
+        """Normalize `x`.
+
+        Parameters
+        ----------
+        x : numpy.ndarray, or CPU tensor with ``__dlpack__``
+            Float16, bfloat16, float32 or float64, of at least two dimensions, with C channels. In training mode its
+            statistics are taken, and go into the running ones.
+        residual : like x, of its shape and dtype, optional
+            Added before the activation.
+        out : numpy.ndarray, shape and dtype of x, optional
+            Where to put the result. It may be `x`, and then there is no `backward`.
+
+        Returns
+        -------
+        numpy.ndarray
+            `out`, or a new array of the dtype and memory order of `x`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument does not fit; or in training, if there is one value per channel. Then nothing is changed.
+
+        Examples
+        --------
+        >>> import numpy as np, fastbn
+        >>> bn = fastbn.BatchNorm(3, activation="relu").eval()
+        >>> x = np.full((2, 3, 4, 4), 2.0, dtype=np.float32)
+        >>> float(bn(x, residual=-x).max()) == 0.0
+        True
+        """
+        if not self.training and self.track_running_stats:
+            if not self._backward_follows:
+                return _native.normalize(
+                    x, self._running_mean, self._running_var, self._weight, self._bias, self.eps, self.channel_axis,
+                    self.activation, self.negative_slope, residual, out,
+                )  # fmt: skip
+            y, saved = _native.forward_eval(
+                x, self._running_mean, self._running_var, self._weight, self._bias, self.eps, self.channel_axis,
+                self.activation, self.negative_slope, residual, out,
+            )  # fmt: skip
+        elif self.track_running_stats:
+            with self._lock:
+                count = self.num_batches_tracked + 1
+                momentum = self.momentum
+                if momentum is None:
+                    momentum = 1.0 / count
+                if self.on_nonfinite != "propagate":
+                    y, saved = self._guarded(x, momentum, residual, out)
+                else:
+                    # An interpreter handles a signal after a call of its own. Here it is starmap that calls, so no
+                    # signal comes between the change of the running statistics and that of the counter.
+                    ((y, saved),) = starmap(_native.forward_train, ((
+                        x, self._running_mean, self._running_var, self._weight, self._bias, momentum, self.eps,
+                        self.channel_axis, self.activation, self.negative_slope, residual, out,
+                    ),))  # fmt: skip
+                    if saved.count:
+                        self.num_batches_tracked = count
+        else:
+            if not self.affine:
+                self._check_channels(x)
+            y, saved = _native.forward(
+                x, self._weight, self._bias, self.eps, self.channel_axis, self.activation, self.negative_slope,
+                residual, out,
+            )  # fmt: skip
+        self._last.call = (x if out is None or not _overlap(x, out) else None), saved
+        return y
+
+    forward = __call__
+
+    def _check_channels(self, x: Any) -> None:
+        """Without parameters and statistics the kernel has nothing to compare x with."""
+        shape, axis = np.shape(x), self.channel_axis
+        if -len(shape) <= axis < len(shape) and shape[axis] != self.num_features:
+            raise ValueError(f"x must have {self.num_features} channels along axis {axis}, got shape {tuple(shape)}")
+
+    def _guarded(self, x: Any, momentum: float, residual: Any, out: _Array | None) -> tuple[_Array, _native.Saved]:
+        """Run a training call that keeps non-finite statistics out of the running ones."""
+        mean, var = self._running_mean, self._running_var
+        if self.on_nonfinite == "raise":
+            count, batch_mean, _, m2 = _native.moments(x, self.channel_axis)
+            with np.errstate(over="ignore"):
+                bad = ~np.isfinite([batch_mean.astype(mean.dtype), (m2 / max(count - 1, 1)).astype(var.dtype)]).all(0)
+            if bad.any():
+                raise ValueError(
+                    f"on_nonfinite='raise': x must have statistics that are finite in {mean.dtype}, and those of "
+                    f"channels {np.flatnonzero(bad).tolist()} are not"
+                )
+        new_mean, new_var = mean.copy(), var.copy()
+        y, saved = _native.forward_train(
+            x, new_mean, new_var, self._weight, self._bias, momentum, self.eps, self.channel_axis, self.activation,
+            self.negative_slope, residual, out,
+        )  # fmt: skip
+        if np.isfinite(new_mean).all() and np.isfinite(new_var).all():
+            # An interpreter handles a signal after a call or at the end of a loop, and so not between these three.
+            mean[...] = new_mean
+            var[...] = new_var
+            self.num_batches_tracked += saved.count > 0
+        else:
+            self.num_batches_skipped += 1
+        return y, saved
+
+    def backward(self, grad_output: Any, out: _Array | None = None) -> _Array:
+        """Differentiate this thread's last call, and set `grad_weight`, `grad_bias` and `grad_residual`.
+
+        Parameters
+        ----------
+        grad_output : like that call's x, of its shape and dtype
+            The gradient with respect to the call's result.
+        out : numpy.ndarray, shape and dtype of x, optional
+            Where to put the result. It may be `grad_output` or x.
+
+        Returns
+        -------
+        numpy.ndarray
+            The gradient with respect to x: `out`, or a new array.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument does not fit, or there is no call to differentiate: none yet, one that wrote over its x, or
+            one after ``eval(backward=False)``.
+
+        Notes
+        -----
+        With ``dz`` the gradient behind the activation, ``n`` values per channel, ``scale = weight / sqrt(var + eps)``
+        and ``xhat = (x - mean) / sqrt(var + eps)``, after a training call (Ioffe & Szegedy 2015, section 3, gathered)::
+
+            grad_bias = sum(dz)
+            grad_weight = sum(dz * xhat)
+            dx = scale * (dz - grad_bias / n - xhat * grad_weight / n)
+
+        After a call in eval mode the statistics are constants: ``dx = scale * dz``.
+
+        Examples
+        --------
+        >>> import numpy as np, fastbn
+        >>> bn = fastbn.BatchNorm(1, eps=0.0)
+        >>> y = bn(np.array([[0.0], [2.0], [4.0]], dtype=np.float32))
+        >>> bn.backward(np.array([[1.0], [0.0], [0.0]], dtype=np.float32)).round(4)
+        array([[ 0.1021],
+               [-0.2041],
+               [ 0.1021]], dtype=float32)
+        """
+        try:
+            x, saved = self._last.call
+        except AttributeError:
+            raise ValueError("backward must follow a call of the same thread, got none that was remembered") from None
+        if x is None:
+            raise ValueError("backward must have the x of the last call, and that call wrote its result (out) over it")
+        dx, grad_weight, grad_bias, self.grad_residual = _native.backward(
+            grad_output, x, saved, self._weight, self._bias, out
+        )
+        if self.affine:
+            self.grad_weight, self.grad_bias = grad_weight, grad_bias
+        if out is not None and _overlap(x, out):
+            self._last.call = None, saved
+        return dx
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, or eval mode with ``mode=False``, and return the layer.
+
+        Parameters
+        ----------
+        mode : bool, default True
+
+        Examples
+        --------
+        >>> import fastbn
+        >>> fastbn.BatchNorm(3).train(False).training
+        False
+        """
+        if not isinstance(mode, bool):
+            raise TypeError(f"mode must be a bool, got {type(mode).__name__}")
+        self.training = mode
+        self._backward_follows = True
+        return self
+
+    def eval(self, *, backward: bool = True) -> Self:
+        """Set eval mode, which normalizes with the running statistics, and return the layer.
+
+        Parameters
+        ----------
+        backward : bool, default True
+            False says that no `backward` will follow. Then what calls remembered is dropped and calls remember nothing,
+            until `train` or `eval` is called again.
+
+        Examples
+        --------
+        >>> import fastbn
+        >>> fastbn.BatchNorm(3).eval(backward=False).training
+        False
+        """
+        self.train(False)
+        self._backward_follows = bool(backward)
+        if not backward:
+            self._last = threading.local()
+        return self
+
+    def freeze(self, dtype: DTypeLike | None = None) -> FrozenBatchNorm:
+        """Return what eval mode computes as an immutable operation that any number of threads may call.
+
+        Parameters
+        ----------
+        dtype : dtype, optional
+            Of the data, if not the layer's.
+
+        Returns
+        -------
+        FrozenBatchNorm
+
+        Raises
+        ------
+        ValueError
+            With ``track_running_stats=False``.
+
+        Examples
+        --------
+        >>> import numpy as np, fastbn
+        >>> op = fastbn.BatchNorm(2, eps=0.0).freeze()
+        >>> op(np.array([[1, 2]], dtype=np.float32))
+        array([[1., 2.]], dtype=float32)
+        """
+        return FrozenBatchNorm.from_batch_norm(self, dtype)
+
+    def state_dict(self, prefix: str = "") -> _state.StateDict:
+        """Return copies of the parameters and statistics under PyTorch's keys.
+
+        Parameters
+        ----------
+        prefix : str, default ""
+            Put before every key, such as ``"layer1.bn."``.
+
+        Returns
+        -------
+        dict of str to numpy.ndarray
+            ``weight``, ``bias``, ``running_mean``, ``running_var`` and ``num_batches_tracked``, as far as the layer has
+            them.
+
+        Examples
+        --------
+        >>> import fastbn
+        >>> list(fastbn.BatchNorm(3, affine=False).state_dict())
+        ['running_mean', 'running_var', 'num_batches_tracked']
+        """
+        with self._lock:
+            return _state.StateDict({prefix + name: array.copy() for name, array in self._arrays().items()}, prefix)
+
+    def _arrays(self) -> dict[str, _Array]:
+        tracked = self.num_batches_tracked
+        arrays = {
+            "weight": self._weight,
+            "bias": self._bias,
+            "running_mean": self._running_mean,
+            "running_var": self._running_var,
+            "num_batches_tracked": None if tracked is None else np.array(tracked, dtype=np.int64),
+        }
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], strict: bool = True, *, prefix: str = ""
+    ) -> _state.IncompatibleKeys:
+        """Copy parameters and statistics in.
+
+        Parameters
+        ----------
+        state : mapping of str to array_like
+            What `state_dict` returns, here or in PyTorch. As in PyTorch, a plain mapping may lack
+            ``num_batches_tracked``, which old files do not have; the layer keeps its own.
+        strict : bool, default True
+            False passes over missing and unknown keys.
+        prefix : str, default ""
+            Only keys that begin with it are looked at; it is taken off.
+
+        Returns
+        -------
+        (missing_keys, unexpected_keys)
+            Lists, empty if `strict`.
+
+        Raises
+        ------
+        TypeError
+            If `state` is not a mapping.
+        ValueError
+            One that names everything that is wrong: missing and unknown keys, and arrays of another shape, of the wrong
+            kind of dtype, not finite, or negative where that makes no sense. Nothing is changed then.
+
+        Examples
+        --------
+        >>> import fastbn
+        >>> bn = fastbn.BatchNorm(3)
+        >>> bn.load_state_dict(fastbn.BatchNorm(4).state_dict() | {"scale": 1})
+        Traceback (most recent call last):
+        ...
+        ValueError: this state does not fit BatchNorm(3): unknown scale; weight must have shape (3,), got (4,); ...
+        """
+        arrays, keys = _state.check_state(state, self._template(), self._name(), prefix=prefix, strict=strict)
+        self._commit(arrays)
+        return keys
+
+    def save(self, file: _File) -> None:
+        """Write the state to an npz file, as `fastbn.save` does.
+
+        Parameters
+        ----------
+        file : str, os.PathLike or binary file
+
+        Raises
+        ------
+        ValueError
+            If a value is not finite.
+
+        Examples
+        --------
+        >>> import fastbn, io
+        >>> file = io.BytesIO()
+        >>> fastbn.BatchNorm(3).save(file)
+        """
+        _state.save(file, self.state_dict())
+
+    def load(self, file: _File, strict: bool = True, *, prefix: str = "") -> _state.IncompatibleKeys:
+        """Read the state from an npz file that may come from anybody.
+
+        Parameters
+        ----------
+        file : str, os.PathLike or binary file
+            A file of `save` or of `numpy.savez`.
+        strict : bool, default True
+        prefix : str, default ""
+            As of `load_state_dict`.
+
+        Returns
+        -------
+        (missing_keys, unexpected_keys)
+            Lists, empty if `strict`.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be opened.
+        ValueError
+            As of `fastbn.load` and `load_state_dict`. Names, shapes and dtypes are checked before anything is inflated.
+
+        Examples
+        --------
+        >>> import fastbn, io
+        >>> file = io.BytesIO()
+        >>> fastbn.BatchNorm(3).save(file)
+        >>> fastbn.BatchNorm(3).load(file)
+        IncompatibleKeys(missing_keys=[], unexpected_keys=[])
+        """
+
+        def fits(outline: Mapping[str, _Array]) -> None:
+            _state.check_state(outline, self._template(), self._name(), prefix=prefix, strict=strict)
+
+        return self.load_state_dict(_state.read(file, check=fits), strict, prefix=prefix)
+
+    def _commit(self, arrays: Mapping[str, _Array]) -> None:
+        with self._lock:
+            new = self._arrays() | dict(arrays)
+            tracked = int(new["num_batches_tracked"]) if self.track_running_stats else None
+            # As in _guarded: no call and no loop, so that no signal comes between.
+            if self.affine:
+                self._weight[...] = new["weight"]
+                self._bias[...] = new["bias"]
+            if self.track_running_stats:
+                self._running_mean[...] = new["running_mean"]
+                self._running_var[...] = new["running_var"]
+                self.num_batches_tracked = tracked
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _SETTINGS}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "version": _PICKLE_VERSION,
+            "settings": self._settings(),
+            "training": self.training,
+            "num_batches_skipped": self.num_batches_skipped,
+            "state": dict(self.state_dict()),
+        }
+
+    def __setstate__(self, pickled: Mapping[str, Any]) -> None:
+        # Into a layer of no memory first: what is pickled may be anything, also a wrong number of channels.
+        new = object.__new__(type(self))
+        try:
+            version, settings = pickled["version"], pickled["settings"]
+            if version != _PICKLE_VERSION:
+                raise ValueError(f"its version is {version!r}, and this fastbn reads {_PICKLE_VERSION}")
+            new._configure(**settings)
+            new.train(pickled["training"])
+            new.num_batches_skipped = operator.index(pickled["num_batches_skipped"])
+            state = {"num_batches_tracked": None} | pickled["state"] if new.track_running_stats else pickled["state"]
+            arrays, _ = _state.check_state(state, new._template(), new._name(), finite=False)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not the pickled state of a BatchNorm: {error}") from error
+        new._fill(arrays)
+        self.__dict__.update(new.__dict__)
+        _layers.add(self)
+
+    def __repr__(self) -> str:
+        defaults = inspect.signature(BatchNorm).parameters
+        told = [
+            f"{name}={value!r}"
+            for name, value in self._settings().items()
+            if name != "num_features" and value != defaults[name].default
+        ]
+        return f"BatchNorm({', '.join([str(self.num_features), *told])})"
+
+    def _name(self) -> str:
+        return f"BatchNorm({self.num_features})"
+
+
+_SETTINGS = tuple(inspect.signature(BatchNorm).parameters)
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    if isinstance(value, (str, bytes, bool)):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}") from None
+    if not (math.isfinite(number) and low <= number <= high):
+        raise ValueError(f"{name} must be finite and from {low} to {high}, got {value!r}")
+    return number
+
+
+def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {choices}, got {type(value).__name__}")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+    return value
+
+
+def _overlap(x: Any, out: _Array) -> bool:
+    """Whether writing `out` may have changed `x`. Two arrays that own their memory are told apart at no cost."""
+    if out is x:
+        return True
+    return (type(x) is not np.ndarray or x.base is not None or out.base is not None) and np.may_share_memory(x, out)

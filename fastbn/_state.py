@@ -1,0 +1,328 @@
+"""_state.py -- what may become a layer's parameters and statistics: one checker, and files that cannot surprise."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+__all__ = ["IncompatibleKeys", "StateDict", "as_parameter", "check_state", "load", "read", "save", "template"]
+
+_Array = NDArray[Any]
+_File = str | os.PathLike[str] | IO[bytes]
+
+_COUNTER = "num_batches_tracked"
+_FILE_VERSION = 1
+_COMMENT = b"fastbn state "
+# zipfile reads the directory of an archive whole and makes an object of every entry.
+_DIRECTORY_BYTES = 1 << 20
+_MAX_BYTES = 1 << 28
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, UnicodeError)
+
+
+class StateDict(dict[str, _Array]):
+    """A state dict: plain arrays under PyTorch's keys, and PyTorch's note of the version of that set of keys."""
+
+    def __init__(self, arrays: Mapping[str, _Array], prefix: str = "") -> None:
+        super().__init__(arrays)
+        self._metadata = {prefix.removesuffix("."): {"version": 2}}
+
+
+class IncompatibleKeys(NamedTuple):
+    """What ``load_state_dict(strict=False)`` passed over."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def as_parameter(name: str, value: ArrayLike, dtype: DTypeLike, shape: tuple[int, ...] | None = None) -> _Array:
+    """Return a new contiguous array of `dtype` with the values of `value`, one real number per channel."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{name} must be an array of real numbers, got {_kind(value, array)}")
+    if array.ndim != 1 or (shape is not None and array.shape != shape):
+        expected = "a one-dimensional array" if shape is None else f"shape {shape}"
+        raise ValueError(f"{name} must have {expected}, got shape {array.shape}")
+    with np.errstate(over="ignore"):
+        return np.array(array, dtype=dtype, order="C")
+
+
+def template(channels: int, dtype: DTypeLike, affine: bool, track_running_stats: bool) -> dict[str, _Array]:
+    """Return zeros of the shape and dtype of every entry that a layer has. They take no memory."""
+    names = ("weight", "bias") * affine + ("running_mean", "running_var") * track_running_stats
+    arrays: dict[str, _Array] = {name: _zeros((channels,), dtype) for name in names}
+    if track_running_stats:
+        arrays[_COUNTER] = _zeros((), np.int64)
+    return arrays
+
+
+def check_state(
+    state: Mapping[str, Any],
+    expected: Mapping[str, _Array],
+    owner: str,
+    *,
+    prefix: str = "",
+    strict: bool = True,
+    optional: Iterable[str] = (),
+    finite: bool = True,
+) -> tuple[dict[str, _Array], IncompatibleKeys]:
+    """Return new arrays with the values of `state`, in the shapes and dtypes of `expected`, or raise one ValueError.
+
+    Everything that is wrong is named in that one error. Keys that do not begin with `prefix` belong to other layers.
+    With ``strict=False`` missing and unknown keys are passed over and returned.
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be a mapping of names to arrays, got {type(state).__name__}")
+    metadata = getattr(state, "_metadata", None)
+    about = metadata.get(prefix.removesuffix(".")) if isinstance(metadata, Mapping) else None
+    # The first version of PyTorch's keys, which is also what a plain dict is taken for, had no counter.
+    if ((about.get("version") if isinstance(about, Mapping) else None) or 1) < 2:
+        optional = {*optional, _COUNTER}
+    missing = [prefix + name for name in expected if prefix + name not in state and name not in optional]
+    unknown = [
+        str(key)
+        for key in state
+        if not isinstance(key, str) or (key.startswith(prefix) and key.removeprefix(prefix) not in expected)
+    ]
+    problems = [f"{what} {_listed(keys)}" for what, keys in (("missing", missing), ("unknown", unknown)) if keys]
+    if not strict:
+        problems = []
+    arrays = {}
+    for name, like in expected.items():
+        if prefix + name in state:
+            try:
+                arrays[name] = _converted(state[prefix + name], like, finite, name == "running_var")
+            except ValueError as error:
+                problems.append(f"{prefix}{name} {error}")
+    if problems:
+        raise ValueError(f"this state does not fit {owner}: {'; '.join(problems)}")
+    return arrays, IncompatibleKeys(missing, unknown)
+
+
+def save(file: _File, state: Mapping[str, ArrayLike]) -> None:
+    """Write arrays to an npz file, such as the state of a network.
+
+    Parameters
+    ----------
+    file : str, os.PathLike or binary file
+        A path is written under another name first and renamed, so that it never holds half a file.
+    state : mapping of str to array_like
+        Finite real numbers: what `load` will accept.
+
+    Raises
+    ------
+    TypeError
+        If a name is not a str or an array does not hold real numbers of a NumPy type.
+    ValueError
+        If a value is not finite.
+
+    Notes
+    -----
+    The file holds no pickles, is the same bytes for the same arrays, and opens with `numpy.load` too.
+
+    Examples
+    --------
+    >>> import fastbn, io
+    >>> bn = fastbn.BatchNorm(3)
+    >>> file = io.BytesIO()
+    >>> fastbn.save(file, bn.state_dict(prefix="bn1."))
+    >>> sorted(fastbn.load(file))[:2]
+    ['bn1.bias', 'bn1.num_batches_tracked']
+    """
+    arrays = {}
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise TypeError(f"a name in a state must be a str, got {type(name).__name__}")
+        arrays[name] = np.asarray(value)
+        if arrays[name].dtype.kind not in "fiu":
+            raise TypeError(f"{name} must be an array of real numbers, got {_kind(value, arrays[name])}")
+        _check_finite(name, arrays[name])
+    with _written(file) as target, zipfile.ZipFile(target, "w") as archive:
+        archive.comment = _COMMENT + str(_FILE_VERSION).encode()
+        for name, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def load(file: _File, *, max_bytes: int = _MAX_BYTES) -> dict[str, _Array]:
+    """Read the arrays of an npz file that may come from anybody.
+
+    Parameters
+    ----------
+    file : str, os.PathLike or binary file
+        A file of `save` or of `numpy.savez`.
+    max_bytes : int, default 256 MiB
+        The most that the arrays may take, together, when inflated.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+
+    Raises
+    ------
+    OSError
+        If the file cannot be opened.
+    ValueError
+        If it is not an npz file, is truncated or damaged, was written by a newer fastbn, takes more than `max_bytes`,
+        or holds anything but finite real numbers. Nothing in it is ever executed.
+
+    Examples
+    --------
+    >>> import fastbn, io, numpy as np
+    >>> file = io.BytesIO()
+    >>> np.savez_compressed(file, weight=np.zeros(100_000))
+    >>> len(file.getvalue()) < 2_000
+    True
+    >>> fastbn.load(file, max_bytes=10_000)
+    Traceback (most recent call last):
+    ...
+    ValueError: not a state file that can be loaded: its arrays take 800128 bytes, and at most 10000 are allowed
+    """
+    return read(file, max_bytes)
+
+
+def read(
+    file: _File, max_bytes: int = _MAX_BYTES, check: Callable[[dict[str, _Array]], object] | None = None
+) -> dict[str, _Array]:
+    """`load`, with a `check` that may raise before anything is inflated.
+
+    It is called with arrays of zeros that have the names, shapes and dtypes in the file and take no memory.
+    """
+    with _opened(file) as source:
+        try:
+            with zipfile.ZipFile(_Bounded(source)) as archive:
+                return _read(archive, max_bytes, check)
+        except _UNREADABLE as error:
+            raise ValueError(f"not a state file that can be loaded: {str(error) or type(error).__name__}") from error
+
+
+class _BadFileError(RuntimeError):
+    """Something is wrong with a file; `load` tells it as a ValueError."""
+
+
+class _Bounded:
+    """A file that refuses to be read in one piece."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.seek = file.seek
+        self.seekable = file.seekable
+        self.tell = file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size if 0 <= size <= _DIRECTORY_BYTES else _DIRECTORY_BYTES + 1)
+        if len(data) > _DIRECTORY_BYTES:
+            raise _BadFileError("its directory is too long")
+        return data
+
+
+def _read(
+    archive: zipfile.ZipFile, max_bytes: int, check: Callable[[dict[str, _Array]], object] | None
+) -> dict[str, _Array]:
+    version = re.fullmatch(re.escape(_COMMENT) + rb"(\d{1,9})", archive.comment)
+    if version and int(version[1]) > _FILE_VERSION:
+        raise _BadFileError(f"its format is {int(version[1])}, and this fastbn reads up to {_FILE_VERSION}")
+    entries = archive.infolist()
+    total = sum(entry.file_size for entry in entries)
+    if total > max_bytes:
+        raise _BadFileError(f"its arrays take {total} bytes, and at most {max_bytes} are allowed")
+    outline: dict[str, _Array] = {}
+    for entry in entries:
+        name = entry.filename.removesuffix(".npy")
+        if name in outline or name == entry.filename:
+            raise _BadFileError(f"{entry.filename!r} is {'twice in it' if name in outline else 'not an array'}")
+        # The other methods take memory of their own before they give a byte.
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise _BadFileError(f"{name!r} is compressed by method {entry.compress_type}")
+        outline[name] = _outline(archive, entry, name)
+    if check is not None:
+        check(outline)
+    arrays = {}
+    for entry, name in zip(entries, outline, strict=True):
+        with archive.open(entry) as member:
+            arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+        _check_finite(name, arrays[name])
+    return arrays
+
+
+def _outline(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> _Array:
+    """Zeros like the array that an entry says it holds, after a look at its header alone."""
+    with archive.open(entry) as member:
+        try:
+            if np.lib.format.read_magic(member) != (1, 0):
+                raise ValueError
+            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        except ValueError:
+            raise _BadFileError(f"the header of {name!r} cannot be read") from None
+        if dtype.kind not in "fiu":
+            raise _BadFileError(f"{name!r} must hold real numbers, got {dtype}")
+        array = _zeros(shape, dtype)
+        told = member.tell() + array.nbytes
+        if told != entry.file_size:
+            raise _BadFileError(f"{name!r} has {entry.file_size} bytes, and its header tells of {told}")
+    return array
+
+
+def _converted(value: object, like: _Array, finite: bool, positive: bool) -> _Array:
+    try:
+        array = np.asarray(value)
+    except Exception as error:
+        raise ValueError(f"cannot be read as an array ({error})") from error
+    if array.shape != like.shape:
+        raise ValueError(f"must have shape {like.shape}, got {array.shape}")
+    counter = like.dtype.kind == "i"
+    if array.dtype.kind not in ("iu" if counter else "f") and (counter or array.dtype.name != "bfloat16"):
+        raise ValueError(f"must be of {'integer' if counter else 'floating'} dtype, got {array.dtype}")
+    with np.errstate(over="ignore"):
+        result = np.array(array, dtype=like.dtype, order="C")
+    if finite and not (good := np.isfinite(result)).all():
+        raise ValueError(f"must be finite in {like.dtype}, got {np.count_nonzero(~good)} values that are not")
+    if (counter or (finite and positive)) and (result < 0).any():
+        raise ValueError("must not be negative")
+    return result
+
+
+def _check_finite(name: str, array: _Array) -> None:
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite, got {np.count_nonzero(~np.isfinite(array))} values that are not")
+
+
+def _zeros(shape: tuple[int, ...], dtype: DTypeLike) -> _Array:
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def _kind(value: object, array: _Array) -> str:
+    return str(array.dtype) if hasattr(value, "dtype") else type(value).__name__
+
+
+def _listed(names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(name[:80] for name in names[:limit]) + more
+
+
+def _opened(file: _File) -> contextlib.AbstractContextManager[IO[bytes]]:
+    return open(file, "rb") if isinstance(file, (str, os.PathLike)) else contextlib.nullcontext(file)
+
+
+@contextlib.contextmanager
+def _written(file: _File) -> Any:
+    if not isinstance(file, (str, os.PathLike)):
+        yield file
+        return
+    part = f"{os.fspath(file)}.{os.getpid()}.part"
+    try:
+        with open(part, "wb") as target:
+            yield target
+        os.replace(part, file)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+        raise
