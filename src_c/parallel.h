@@ -5,7 +5,8 @@
 #include <stdbool.h>
 
 /* The body of a parallel region. It is called once for every tid in 0..team-1 and must give the same result for every
- * team; team may be 1 where more was asked for. */
+ * team; team may be 1 where more was asked for. Members may run one after another, so they must not wait for each
+ * other. */
 typedef void (*fbn_task)(int tid, int team, void *context);
 
 enum { FBN_MAX_THREADS = 1024 };
@@ -24,8 +25,9 @@ const char *fbn_parallel_runtime(void);
 /* Whether this build sees the parallel regions and limits of other OpenMP programs in the process. */
 bool fbn_parallel_sees_openmp(void);
 
-/* The process-wide number, which callers pass to fbn_parallel; 1 until it is set. */
-void fbn_set_num_threads(int n);
+/* The process-wide number, which callers pass to fbn_parallel; 1 until it is set. False, and nothing set, for a number
+ * outside 1..FBN_MAX_THREADS. */
+bool fbn_set_num_threads(int n);
 int fbn_get_num_threads(void);
 
 /* Counters for tests: regions entered with more than one thread, and regions that ran serially because the team was
