@@ -11,6 +11,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#define V_IS_PLAIN_C 1
+
 typedef struct {
     float l[16];
 } v_f32;
