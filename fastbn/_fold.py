@@ -320,13 +320,15 @@ def _rounded(name: str, exact: _Float64, like: _Array) -> _Array:
 
 
 def _range(rows: _Float64) -> _Float64:
-    return np.abs(rows).max(axis=1, initial=0.0)
+    largest: _Float64 = np.abs(rows).max(axis=1, initial=0.0)
+    return largest
 
 
 def _ratio(a: _Float64, b: _Float64) -> _Float64:
     """Return a / b, and 0 where both are 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where((a == 0) & (b == 0), 0.0, np.divide(a, b))
+        ratio: _Float64 = np.where((a == 0) & (b == 0), 0.0, a / b)
+    return ratio
 
 
 def _int8_error(rows: _Float64, largest: Any) -> _Float64:

@@ -41,7 +41,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_locks)
 
 
-def _array(name: str, doc: str) -> property:
+def _parameter(name: str, doc: str) -> property:
     """Return an attribute that gives the array itself, and that checks and copies in what is assigned to it."""
 
     def get(layer: BatchNorm) -> Any:
@@ -222,10 +222,10 @@ class BatchNorm:
         self._running_var: Any = arrays.get("running_var")
         self.num_batches_tracked: Any = int(arrays["num_batches_tracked"]) if self.track_running_stats else None
 
-    weight = _array("weight", "Scale of every channel, shape (C,); None with ``affine=False``.")
-    bias = _array("bias", "Shift of every channel, shape (C,); None with ``affine=False``.")
-    running_mean = _array("running_mean", "Running mean, shape (C,); None with ``track_running_stats=False``.")
-    running_var = _array("running_var", "Running variance, shape (C,); None with ``track_running_stats=False``.")
+    weight = _parameter("weight", "Scale of every channel, shape (C,); None with ``affine=False``.")
+    bias = _parameter("bias", "Shift of every channel, shape (C,); None with ``affine=False``.")
+    running_mean = _parameter("running_mean", "Running mean, shape (C,); None with ``track_running_stats=False``.")
+    running_var = _parameter("running_var", "Running variance, shape (C,); None with ``track_running_stats=False``.")
 
     def __call__(self, x: Any, residual: Any = None, out: _Array | None = None) -> _Array:
         """Normalize `x`.
@@ -293,7 +293,7 @@ class BatchNorm:
                 residual, out,
             )  # fmt: skip
         self._last.call = (x if out is None or not _overlap(x, out) else None), saved
-        return y
+        return y if out is None else out
 
     forward = __call__
 

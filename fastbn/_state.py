@@ -21,7 +21,8 @@ _File = str | os.PathLike[str] | IO[bytes]
 
 _COUNTER = "num_batches_tracked"
 _FILE_VERSION = 1
-_COMMENT = b"fastbn state "
+# The comment of an archive: its version and how many arrays it has, so that none can get lost unnoticed.
+_COMMENT = "fastbn state %d of %d arrays"
 # zipfile reads the directory of an archive whole and makes an object of every entry.
 _DIRECTORY_BYTES = 1 << 20
 _MAX_BYTES = 1 << 28
@@ -146,7 +147,7 @@ def save(file: _File, state: Mapping[str, ArrayLike]) -> None:
             raise TypeError(f"{name} must be an array of real numbers, got {_kind(value, arrays[name])}")
         _check_finite(name, arrays[name])
     with _written(file) as target, zipfile.ZipFile(target, "w") as archive:
-        archive.comment = _COMMENT + str(_FILE_VERSION).encode()
+        archive.comment = (_COMMENT % (_FILE_VERSION, len(arrays))).encode()
         for name, array in arrays.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
@@ -209,13 +210,17 @@ class _BadFileError(RuntimeError):
 
 
 class _Bounded:
-    """A file that refuses to be read in one piece."""
+    """A file for zipfile, which believes what it reads: that refuses to be read in one piece, or before its start."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self.seek = file.seek
         self.seekable = file.seekable
         self.tell = file.tell
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        if whence == 0 and offset < 0:
+            raise _BadFileError("an offset in it is negative")
+        return self._file.seek(offset, whence)
 
     def read(self, size: int = -1) -> bytes:
         data = self._file.read(size if 0 <= size <= _DIRECTORY_BYTES else _DIRECTORY_BYTES + 1)
@@ -227,10 +232,16 @@ class _Bounded:
 def _read(
     archive: zipfile.ZipFile, max_bytes: int, check: Callable[[dict[str, _Array]], object] | None
 ) -> dict[str, _Array]:
-    version = re.fullmatch(re.escape(_COMMENT) + rb"(\d{1,9})", archive.comment)
-    if version and int(version[1]) > _FILE_VERSION:
-        raise _BadFileError(f"its format is {int(version[1])}, and this fastbn reads up to {_FILE_VERSION}")
     entries = archive.infolist()
+    if archive.comment:
+        numbers = re.fullmatch(_COMMENT.replace("%d", r"(\d{1,9})").encode(), archive.comment)
+        if numbers is None:
+            raise _BadFileError("its comment is not that of a state")
+        version, count = map(int, numbers.groups())
+        if version > _FILE_VERSION:
+            raise _BadFileError(f"its version is {version}, and this fastbn reads up to {_FILE_VERSION}")
+        if count != len(entries):
+            raise _BadFileError(f"{count} arrays were written, and {len(entries)} are in it")
     total = sum(entry.file_size for entry in entries)
     if total > max_bytes:
         raise _BadFileError(f"its arrays take {total} bytes, and at most {max_bytes} are allowed")
@@ -260,11 +271,11 @@ def _outline(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> _Ar
             if np.lib.format.read_magic(member) != (1, 0):
                 raise ValueError
             shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-        except ValueError:
+            array = _zeros(shape, dtype)
+        except (ValueError, OverflowError, MemoryError, RecursionError):
             raise _BadFileError(f"the header of {name!r} cannot be read") from None
         if dtype.kind not in "fiu":
             raise _BadFileError(f"{name!r} must hold real numbers, got {dtype}")
-        array = _zeros(shape, dtype)
         told = member.tell() + array.nbytes
         if told != entry.file_size:
             raise _BadFileError(f"{name!r} has {entry.file_size} bytes, and its header tells of {told}")
@@ -274,7 +285,7 @@ def _outline(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> _Ar
 def _converted(value: object, like: _Array, finite: bool, positive: bool) -> _Array:
     try:
         array = np.asarray(value)
-    except Exception as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot be read as an array ({error})") from error
     if array.shape != like.shape:
         raise ValueError(f"must have shape {like.shape}, got {array.shape}")

@@ -1,0 +1,570 @@
+"""test_layer.py -- BatchNorm: modes, statistics, gradients, and what it keeps through errors, threads and signals."""
+
+import copy
+import gc
+import os
+import pickle
+import re
+import signal
+import threading
+import time
+import warnings
+import weakref
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+import fastbn
+
+ARRAYS = ("weight", "bias", "running_mean", "running_var")
+
+
+def data(shape=(6, 4, 3, 2), dtype=np.float32, seed=0):
+    return (np.random.default_rng(seed).normal(size=shape) * 3 + 2).astype(dtype)
+
+
+def axes(x, channel_axis=1):
+    return tuple(i for i in range(x.ndim) if i != channel_axis % x.ndim)
+
+
+def column(values, x, channel_axis=1):
+    """`values`, one a channel, shaped to go with `x`."""
+    shape = [1] * x.ndim
+    shape[channel_axis] = -1
+    return np.asarray(values, dtype=np.float64).reshape(shape)
+
+
+def snapshot(bn):
+    return {name: np.copy(array) for name, array in bn.state_dict().items()} | {"skipped": bn.num_batches_skipped}
+
+
+def assert_unchanged(bn, before):
+    after = snapshot(bn)
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        assert_array_equal(after[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize(("dtype", "parameters"), [("f2", "f4"), ("f4", "f4"), ("f8", "f8")])
+@pytest.mark.parametrize("channel_axis", [1, -1])
+def test_training_normalizes_by_the_batch_and_moves_the_running_statistics(dtype, parameters, channel_axis):
+    """Seeded bugs: the biased variance in running_var; momentum the other way round."""
+    bn = fastbn.BatchNorm(4, eps=1e-3, momentum=0.3, channel_axis=channel_axis, dtype=dtype)
+    assert all(getattr(bn, name).dtype == parameters for name in ARRAYS)
+    bn.weight = [1.0, -2.0, 0.5, 3.0]
+    bn.bias = np.arange(4.0)
+    mean, var = np.zeros(4), np.ones(4)
+    for seed in range(3):
+        x = data((6, 4, 3, 4), dtype, seed)
+        exact, over = x.astype(np.longdouble), axes(x, channel_axis)
+        normal = exact - exact.mean(over, keepdims=True)
+        normal /= np.sqrt(exact.var(over, keepdims=True) + 1e-3)
+        expected = normal * column(bn.weight, x, channel_axis) + column(bn.bias, x, channel_axis)
+        y = bn(x)
+        assert y.dtype == dtype
+        assert_allclose(y, expected, rtol=0, atol=8 * np.finfo(dtype).eps)
+        mean = 0.7 * mean + 0.3 * exact.mean(over)
+        var = 0.7 * var + 0.3 * exact.var(over, ddof=1)
+    assert_allclose(bn.running_mean, mean, rtol=8 * np.finfo(parameters).eps)
+    assert_allclose(bn.running_var, var, rtol=8 * np.finfo(parameters).eps)
+    assert bn.num_batches_tracked == 3
+
+
+def test_momentum_none_is_the_average_over_all_batches():
+    """Seeded bug: dividing by the counter before it is increased."""
+    bn = fastbn.BatchNorm(4, momentum=None, dtype="float64")
+    batches = [data(dtype="float64", seed=seed) for seed in range(5)]
+    for x in batches:
+        bn(x)
+    assert_allclose(bn.running_mean, np.mean([x.mean(axes(x)) for x in batches], axis=0), rtol=1e-13)
+    assert_allclose(bn.running_var, np.mean([x.var(axes(x), ddof=1) for x in batches], axis=0), rtol=1e-13)
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_eval_normalizes_by_the_running_statistics_and_leaves_them(backward):
+    """Seeded bug: batch statistics in eval mode."""
+    bn = fastbn.BatchNorm(4, dtype="float64")
+    bn(data(dtype="float64"))
+    bn.eval(backward=backward)
+    before = snapshot(bn)
+    x = data(dtype="float64", seed=1)
+    expected = (x - column(bn.running_mean, x)) / np.sqrt(column(bn.running_var, x) + 1e-5)
+    assert_allclose(bn(x), expected, rtol=0, atol=1e-14)
+    assert_unchanged(bn, before)
+
+
+def test_without_running_statistics_every_call_uses_its_batch():
+    bn = fastbn.BatchNorm(4, track_running_stats=False)
+    assert (bn.running_mean, bn.running_var, bn.num_batches_tracked) == (None, None, None)
+    x = data()
+    y = bn(x)
+    assert_array_equal(bn.eval()(x), y)
+    with pytest.raises(ValueError, match="track_running_stats=False"):
+        bn.freeze()
+
+
+def test_a_layer_without_any_array_still_counts_channels():
+    """Seeded bug: no check where there is no parameter to compare with."""
+    bn = fastbn.BatchNorm(4, affine=False, track_running_stats=False)
+    assert bn(data()).shape == data().shape
+    with pytest.raises(ValueError, match=re.escape("4 channels along axis 1, got shape (6, 5)")):
+        bn(data((6, 5)))
+
+
+def test_one_value_per_channel_is_an_error_that_changes_nothing():
+    bn = fastbn.BatchNorm(4)
+    bn(data())
+    before, out = snapshot(bn), np.full((1, 4), 7.0, dtype=np.float32)
+    with pytest.raises(ValueError, match=r"^Expected more than 1 value per channel when training, got input size"):
+        bn(data((1, 4)), out=out)
+    assert_unchanged(bn, before)
+    assert_array_equal(out, np.full((1, 4), 7.0))
+    assert bn.eval()(data((1, 4))).shape == (1, 4)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_an_empty_batch_is_not_a_batch(momentum):
+    """Seeded bug: counting it, which with momentum=None gives the first values of the statistics a share for ever."""
+    bn = fastbn.BatchNorm(4, momentum=momentum)
+    before = snapshot(bn)
+    x = data((0, 4, 3))
+    assert bn(x).shape == (0, 4, 3)
+    assert_unchanged(bn, before)
+    assert bn.backward(x).shape == (0, 4, 3)
+    assert_array_equal(bn.grad_weight, np.zeros(4))
+    assert_array_equal(bn.grad_bias, np.zeros(4))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "leaky_relu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_backward_is_the_derivative(activation, residual, training):
+    """Against central differences. Seeded bug: the statistics as constants in training mode, or not in eval mode."""
+    rng = np.random.default_rng(3)
+    bn = fastbn.BatchNorm(4, activation=activation, dtype="float64")
+    bn.weight, bn.bias = rng.normal(size=4) + 2, rng.normal(size=4) + 1
+    bn(rng.normal(size=(20, 4)))
+    bn.train(training)
+    inputs = {"x": rng.normal(size=(5, 4, 2)), "residual": rng.normal(size=(5, 4, 2)) if residual else None}
+    grad = rng.normal(size=(5, 4, 2))
+
+    def loss():
+        return float((bn(**inputs) * grad).sum())
+
+    loss()
+    gradients = {"x": bn.backward(grad), "residual": bn.grad_residual, "weight": bn.grad_weight, "bias": bn.grad_bias}
+    for name, array in {**inputs, "weight": bn.weight, "bias": bn.bias}.items():
+        if array is None:
+            assert gradients[name] is None
+            continue
+        numeric = np.empty_like(array)
+        for index in np.ndindex(array.shape):
+            value, step = array[index], 1e-6
+            array[index] = value + step
+            above = loss()
+            array[index] = value - step
+            numeric[index] = (above - loss()) / (2 * step)
+            array[index] = value
+        assert_allclose(gradients[name], numeric, rtol=0, atol=2e-7, err_msg=name)
+
+
+def test_without_parameters_there_is_a_gradient_of_x_alone():
+    bn = fastbn.BatchNorm(4, affine=False)
+    bn(data())
+    assert abs(bn.backward(data(seed=1)).sum(axes(data()))).max() < 1e-4
+    assert bn.grad_weight is None
+    assert bn.grad_bias is None
+
+
+def test_backward_may_be_called_again_and_into_its_argument():
+    bn = fastbn.BatchNorm(4)
+    bn(data())
+    grad = data(seed=1)
+    first = bn.backward(grad)
+    assert bn.backward(grad, out=grad) is grad
+    assert_array_equal(grad, first)
+
+
+def test_in_place_gives_the_same_and_takes_backward_away():
+    """Seeded bug: remembering an x that the call wrote over."""
+    x = data()
+    expected = fastbn.BatchNorm(4)(x)
+    for shift in (0, 3):
+        whole = np.concatenate([x, x])
+        bn, given, out = fastbn.BatchNorm(4), whole[:6], whole[shift : shift + 6]
+        assert bn(given, out=out) is out
+        assert_array_equal(out, expected)
+        with pytest.raises(ValueError, match="wrote its result"):
+            bn.backward(x)
+    bn, mine = fastbn.BatchNorm(4), x.copy()
+    bn(mine, out=mine)
+    with pytest.raises(ValueError, match="wrote its result"):
+        bn.backward(x)
+    bn(x, out=mine)
+    bn.backward(data(seed=1))
+    bn.backward(data(seed=1), out=x)
+    with pytest.raises(ValueError, match="wrote its result"):
+        bn.backward(data(seed=1))
+
+
+def test_backward_belongs_to_the_call_of_its_thread():
+    """Seeded bug: one place for the last call of all threads."""
+    bn = fastbn.BatchNorm(4).eval()
+    with pytest.raises(ValueError, match="must follow a call of the same thread"):
+        bn.backward(data())
+    inputs = [data(seed=seed) for seed in range(8)]
+    meet, results = threading.Barrier(8), [None] * 8
+    grad = data(seed=9)
+
+    def work(i):
+        bn(inputs[i])
+        meet.wait()
+        bn.grad_weight = None
+        bn.backward(grad)
+        meet.wait()
+        results[i] = bn._last.call[0]
+
+    run([threading.Thread(target=work, args=(i,)) for i in range(8)])
+    assert all(a is b for a, b in zip(inputs, results, strict=True))
+
+
+def test_what_a_call_remembers_lives_until_the_next_or_not_at_all():
+    """Seeded bug: eval(backward=False) that goes on remembering."""
+
+    class Array(np.ndarray):
+        """That a weak reference can be made to."""
+
+    def call(bn):
+        x = data().view(Array)
+        bn(x)
+        return weakref.ref(x)
+
+    bn = fastbn.BatchNorm(4)
+    first = call(bn)
+    gc.collect()
+    assert first() is not None
+    second = call(bn)
+    gc.collect()
+    assert first() is None
+    bn.eval(backward=False)
+    third = call(bn)
+    gc.collect()
+    assert second() is None
+    assert third() is None
+    with pytest.raises(ValueError, match=re.escape("eval(backward=False)") + "|none that was remembered"):
+        bn.backward(data())
+    bn.eval()
+    fourth = call(bn)
+    gc.collect()
+    assert fourth() is not None
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_are_assigned_by_copy_and_checked(name):
+    """Seeded bugs: keeping the caller's array; broadcasting a wrong shape."""
+    bn = fastbn.BatchNorm(3)
+    mine = getattr(bn, name)
+    values = np.array([1.0, 2.0, 3.0])
+    setattr(bn, name, values)
+    values[0] = 9
+    assert getattr(bn, name) is mine
+    assert_array_equal(mine, [1, 2, 3])
+    assert mine.dtype == np.float32
+    before = snapshot(bn)
+    for wrong, error in (([1.0], ValueError), (np.ones((3, 1)), ValueError), (2.0, ValueError), (None, TypeError),
+                         (["a", "b", "c"], TypeError), (np.ones(3, dtype=complex), TypeError)):  # fmt: skip
+        with pytest.raises(error, match=f"{name} must"):
+            setattr(bn, name, wrong)
+    assert_unchanged(bn, before)
+    bare = fastbn.BatchNorm(3, affine=False, track_running_stats=False)
+    with pytest.raises(ValueError, match=f"{name} cannot be assigned"):
+        setattr(bare, name, [1.0, 2.0, 3.0])
+
+
+def test_in_place_arithmetic_on_an_attribute():
+    bn = fastbn.BatchNorm(3)
+    bn.weight *= 2
+    bn.running_mean[1] = 5
+    assert_array_equal(bn.weight, [2, 2, 2])
+    assert_array_equal(bn.running_mean, [0, 5, 0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_features": "3"}, TypeError, "str"),
+        ({"num_features": 3.0}, TypeError, "float"),
+        ({"num_features": -1}, ValueError, "num_features must be at least 0, got -1"),
+        ({"eps": -1e-5}, ValueError, "eps must be finite and from 0.0 to inf, got -1e-05"),
+        ({"eps": float("inf")}, ValueError, "eps must be finite"),
+        ({"eps": None}, TypeError, "eps must be a real number, got NoneType"),
+        ({"momentum": 1.5}, ValueError, "momentum must be finite and from 0.0 to 1.0, got 1.5"),
+        ({"momentum": float("nan")}, ValueError, "momentum must be finite"),
+        ({"momentum": "0.1"}, TypeError, "momentum must be a real number, got str"),
+        ({"channel_axis": 1.0}, TypeError, "float"),
+        ({"activation": "gelu"}, ValueError, "activation must be one of .*'relu6'.*, got 'gelu'"),
+        ({"activation": 1}, TypeError, "activation must be one of .*, got int"),
+        ({"negative_slope": float("nan")}, ValueError, "negative_slope must be finite"),
+        ({"dtype": "int32"}, TypeError, "dtype must be one of float16, bfloat16, float32, float64, got int32"),
+        ({"on_nonfinite": "ignore"}, ValueError, "on_nonfinite must be one of .*'skip'.*, got 'ignore'"),
+        ({"on_nonfinite": None}, ValueError, "on_nonfinite must be one of"),
+    ],
+)
+def test_settings_are_checked(arguments, error, message):
+    with pytest.raises(error, match=message):
+        fastbn.BatchNorm(**{"num_features": 3, **arguments})
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"x": None}, TypeError),
+        ({"x": data((6, 5, 2))}, ValueError),
+        ({"x": data((6,))}, ValueError),
+        ({"x": data().astype(int)}, TypeError),
+        ({"x": data(), "residual": data((6, 4))}, ValueError),
+        ({"x": data(), "out": np.empty((6, 4), np.float32)}, ValueError),
+        ({"x": data(), "out": np.empty(data().shape)}, TypeError),
+    ],
+)
+def test_an_argument_that_does_not_fit_changes_nothing(arguments, error, training):
+    bn = fastbn.BatchNorm(4)
+    x = data()
+    bn(x)
+    bn.train(training)
+    before = snapshot(bn)
+    with pytest.raises(error, match=r"must|channel"):
+        bn(**arguments)
+    assert_unchanged(bn, before)
+    assert bn.backward(data(seed=1)).shape == x.shape, "the call before is still remembered"
+    for wrong in (data((6, 4)), data(dtype="float64"), None):
+        grads = bn.grad_weight
+        with pytest.raises((TypeError, ValueError), match="grad_output must"):
+            bn.backward(wrong)
+        assert bn.grad_weight is grads
+
+
+def poison(kind):
+    x = data((6, 4))
+    x[0, 2] = {"inf": np.inf, "nan": np.nan, "overflow": 3e38}[kind]
+    if kind == "overflow":
+        x[1, 2] = -3e38
+    return x
+
+
+@pytest.mark.parametrize("kind", ["inf", "nan", "overflow"])
+def test_a_batch_that_is_not_finite_may_be_kept_out(kind):
+    """Seeded bugs: no guard; a guard of the mean alone (3e38 overflows the variance); counting a skipped batch."""
+    x = poison(kind)
+    bn = fastbn.BatchNorm(4)
+    y = bn(x)
+    assert not np.isfinite(bn.running_var[2])
+    assert np.isfinite(bn.running_var[[0, 1, 3]]).all()
+    assert bn.num_batches_tracked == 1
+
+    bn = fastbn.BatchNorm(4, on_nonfinite="skip")
+    bn(data((6, 4)))
+    before = snapshot(bn)
+    assert_array_equal(bn(x), y)
+    assert_unchanged(bn, {**before, "skipped": 1})
+    bn(data((6, 4)))
+    assert (bn.num_batches_tracked, bn.num_batches_skipped) == (2, 1)
+    assert bn.backward(x).shape == x.shape
+
+    bn = fastbn.BatchNorm(4, on_nonfinite="raise")
+    bn(data((6, 4)))
+    before, out = snapshot(bn), np.zeros_like(x)
+    with pytest.raises(ValueError, match=re.escape("those of channels [2] are not")):
+        bn(x, out=out)
+    assert_unchanged(bn, before)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("guard", ["skip", "raise"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_guard_changes_nothing_for_finite_batches(guard, momentum):
+    plain, guarded = fastbn.BatchNorm(4, momentum=momentum), fastbn.BatchNorm(4, momentum=momentum, on_nonfinite=guard)
+    for seed in range(3):
+        x = data(seed=seed)
+        assert_array_equal(guarded(x), plain(x))
+    guarded(data((0, 4)))
+    assert_unchanged(guarded, snapshot(plain))
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda bn: pickle.loads(pickle.dumps(bn))])
+def test_copies_and_pickles_are_equal_and_apart(duplicate):
+    """Seeded bug: a copy that shares its arrays with the original."""
+    settings = {"channel_axis": -1, "activation": "leaky_relu", "negative_slope": 0.2, "on_nonfinite": "skip"}
+    bn = fastbn.BatchNorm(4, 1e-3, None, **settings)
+    x = data((6, 2, 4))
+    bn.weight = np.arange(4)
+    bn(x)
+    bn(np.full_like(x, np.nan))
+    bn.eval()
+    twin = duplicate(bn)
+    assert repr(twin) == repr(bn)
+    assert (twin.training, twin.num_batches_tracked, twin.num_batches_skipped) == (False, 1, 1)
+    assert_array_equal(twin(x), bn(x))
+    before = snapshot(bn)
+    twin.train()(x + 1)
+    twin.weight[...] = 7
+    assert_unchanged(bn, before)
+    with pytest.raises(ValueError, match="must follow a call"):
+        duplicate(bn).backward(x)
+
+
+def test_a_diverged_layer_can_still_be_copied():
+    bn = fastbn.BatchNorm(4)
+    bn(poison("nan"))
+    assert_array_equal(copy.deepcopy(bn).running_mean, bn.running_mean)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 2},
+        {"settings": {"num_features": 4}},
+        {"settings": None},
+        {"training": "yes"},
+        {"num_batches_skipped": None},
+        {"state": {}},
+        {"state": {"weight": np.ones(1 << 20)}},
+        {"state": None},
+    ],
+)
+def test_a_pickled_state_goes_through_the_checker(change):
+    """Seeded bug: filling the layer before everything is checked."""
+    bn = fastbn.BatchNorm(4)
+    state, before = bn.__getstate__(), snapshot(bn)
+    with pytest.raises(ValueError, match="not the pickled state of a BatchNorm"):
+        bn.__setstate__({**state, **change})
+    assert_unchanged(bn, before)
+    hostile = {**state, "settings": {**state["settings"], "num_features": 1 << 60}}
+    with pytest.raises(ValueError, match="must have shape"):
+        bn.__setstate__(hostile)
+    with pytest.raises(ValueError, match="not the pickled state"):
+        bn.__setstate__(None)
+
+
+def test_modes_and_repr():
+    bn = fastbn.BatchNorm(3)
+    assert bn.training
+    assert bn.eval() is bn
+    assert not bn.training
+    assert bn.train() is bn
+    assert bn.training
+    with pytest.raises(TypeError, match="mode must be a bool, got int"):
+        bn.train(0)
+    assert bn.forward(data((2, 3))).shape == (2, 3)
+    assert repr(bn) == "BatchNorm(3)"
+    assert repr(fastbn.BatchNorm(3, momentum=None, affine=False)) == "BatchNorm(3, momentum=None, affine=False)"
+
+
+def run(threads):
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_training_from_many_threads_loses_no_batch():
+    """Seeded bug: no lock around the counter and the statistics, which the cumulative average shows."""
+    bn = fastbn.BatchNorm(2, momentum=None, dtype="float64")
+    start = threading.Barrier(8)
+
+    def work(i):
+        x = np.array([[i, -1.0], [i + 2, 1.0]])
+        start.wait()
+        for _ in range(50):
+            bn(x)
+
+    run([threading.Thread(target=work, args=(i,)) for i in range(8)])
+    assert bn.num_batches_tracked == 400
+    assert_allclose(bn.running_mean, [np.mean(range(8)) + 1, 0.0], rtol=1e-12)
+
+
+def test_eval_calls_do_not_wait_for_training():
+    """Seeded bug: taking the lock in eval mode."""
+    bn = fastbn.BatchNorm(4).eval()
+    done = threading.Event()
+    with bn._lock:
+        thread = threading.Thread(target=lambda: (bn(data()), done.set()))
+        thread.start()
+        assert done.wait(30)
+    thread.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_forked_while_a_thread_trains_can_train():
+    """Seeded bug: the lock as it was at the fork."""
+    bn = fastbn.BatchNorm(4)
+    held, release = threading.Event(), threading.Event()
+
+    def hold():
+        with bn._lock:
+            held.set()
+            release.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of every fork of a threaded process
+        pid = os.fork()
+    if not pid:
+        signal.alarm(10)
+        bn(data())
+        os._exit(bn.num_batches_tracked)
+    release.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
+@pytest.mark.parametrize("what", ["train", "skip", "load"])
+def test_a_signal_leaves_the_statistics_old_or_new(what):
+    """200 signals whose handler raises. Seeded bug: a call between the stores of statistics and counter."""
+
+    class InterruptError(Exception):
+        pass
+
+    def handler(number, frame):
+        raise InterruptError
+
+    bn = fastbn.BatchNorm(512, momentum=1.0, dtype="float64", on_nonfinite="skip" if what == "skip" else "propagate")
+    base = data((16, 512), "float64")
+    mean, var = base.mean(0), base.var(0, ddof=1)
+    bn(base)
+    rng = np.random.default_rng(0)
+    start = time.perf_counter()
+    for _ in range(20):
+        bn(base)
+    usual = (time.perf_counter() - start) / 20
+    bn.num_batches_tracked = 1
+    signals = 0
+    previous = signal.signal(signal.SIGALRM, handler)
+    try:
+        while signals < 200:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.2, 5) * usual)
+                while True:
+                    count = bn.num_batches_tracked + 1
+                    if what == "load":
+                        bn.load_state_dict(
+                            {"weight": mean, "bias": mean, "running_mean": count * mean,
+                             "running_var": count**2 * var, "num_batches_tracked": count}
+                        )  # fmt: skip
+                    else:
+                        bn(base * count)
+            except InterruptError:
+                signals += 1
+            assert not bn._lock.locked()
+            count = bn.num_batches_tracked
+            assert_allclose(bn.running_mean, count * mean, rtol=1e-9, atol=1e-9)
+            assert_allclose(bn.running_var, count**2 * var, rtol=1e-9)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert bn.num_batches_tracked > 1
