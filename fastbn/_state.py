@@ -25,7 +25,7 @@ _FILE_VERSION = 1
 _COMMENT = "fastbn state %d of %d arrays"
 # zipfile reads the directory of an archive whole and makes an object of every entry.
 _DIRECTORY_BYTES = 1 << 20
-_MAX_BYTES = 1 << 28
+_MAX_BYTES = 1 << 26
 _UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, UnicodeError)
 
 
@@ -160,7 +160,7 @@ def load(file: _File, *, max_bytes: int = _MAX_BYTES) -> dict[str, _Array]:
     ----------
     file : str, os.PathLike or binary file
         A file of `save` or of `numpy.savez`.
-    max_bytes : int, default 256 MiB
+    max_bytes : int, default 64 MiB
         The most that the arrays may take, together, when inflated.
 
     Returns
