@@ -28,8 +28,8 @@ HEADERS = [str(p) for pattern in ("*.h", "*.inc") for p in Path("src_c").rglob(p
 # Flags come in pairs: for gcc and clang, and for MSVC.
 #
 # No contraction: fused operations are written where they are meant, so that every tier rounds alike. No LTO: it could
-# inline code of one ISA into a function that another one runs. No -g, which most Pythons pass on: it is five sixths of a
-# wheel.
+# inline code of one ISA into a function that another one runs. No -g, which most Pythons pass on: it would be five
+# sixths of a wheel.
 BASE = (
     "-std=c11 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden -fno-lto -g0".split(),
     "/std:c11 /O2 /fp:precise".split(),
