@@ -1,0 +1,39 @@
+"""fresh.py -- run a few lines in an interpreter of their own, whose threads, memory and imports are nobody else's."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc/self/task")
+
+# What the lines may use.
+PRELUDE = """
+import contextlib, json, os, resource, sys, threading, time
+
+def comms():
+    names = []
+    for tid in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{tid}/comm") as file:
+            names.append(file.read().strip())
+    return names
+
+def report(**values):
+    print(json.dumps(values))
+"""
+
+
+def run(code, timeout=300, **env):
+    """Run `code` after the prelude, in an environment without settings of ours or OpenMP's; return what it reports."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("FASTBN_", "OMP_", "GOMP_", "KMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PRELUDE + code],
+        env=clean | {"OPENBLAS_NUM_THREADS": "1"} | env,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
+    return json.loads(done.stdout.splitlines()[-1])
