@@ -423,6 +423,4 @@ def backward_apply(
     array([[0.],
            [0.]])
     """
-    return _native.backward_apply(
-        grad_output, x, mean, var, weight, sum_dy, sum_dy_xmu, count, eps, channel_axis, out
-    )
+    return _native.backward_apply(grad_output, x, mean, var, weight, sum_dy, sum_dy_xmu, count, eps, channel_axis, out)

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 
 /* How much of a tensor one step of an apply walk covers: small enough to share, large enough to call a kernel for. */
-enum { FBN_PIECE = 1 << 16, FBN_ROWS_BYTES = 1 << 16, FBN_COMBINE = 256, FBN_PANEL_TILE = 8 };
+enum { FBN_PIECE = 1 << 16, FBN_ROWS_BYTES = 1 << 16, FBN_COMBINE = 256, FBN_PANEL_TILE = 8, FBN_REACH = 4096 };
 
 static int64_t fbn_min(int64_t a, int64_t b)
 {
@@ -121,10 +121,12 @@ static void fbn_reduce_rows(const fbn_pass *pass, fbn_partials *p, const fbn_blo
     int64_t first = fbn_part(blocks->count, strip, p->strips);
     int64_t last = fbn_part(blocks->count, strip + 1, p->strips);
     int64_t at = strip * g->channels + c;
+    /* The hardware's prefetcher loses its place at the end of every plane: fetch as many planes ahead as it takes. */
+    int64_t planes = fbn_ceil_div(FBN_REACH, g->inner * size);
     if (!pass->backward) {
         fbn_moment m;
         pass->kernels->moments_rows(fbn_at(&pass->x, size, 0, c, 0), pass->x.outer_stride, g->outer, g->inner, blocks,
-                                    first, last, 0, &m);
+                                    first, last, planes * pass->x.outer_stride * size, &m);
         p->a[at] = m.mean;
         p->b[at] = m.lo;
         p->c[at] = m.m2;
@@ -138,6 +140,8 @@ static void fbn_reduce_rows(const fbn_pass *pass, fbn_partials *p, const fbn_blo
         .other_stride = pass->other.outer_stride,
         .gate_stride = fbn_gate_words(g) * g->channels,
         .width = g->inner,
+        .ahead = planes * pass->x.outer_stride * size,
+        .other_ahead = planes * pass->other.outer_stride * size,
     };
     fbn_coef k = fbn_coefs_at(coefs, c);
     double hi = fbn_round_mean(g->dtype, mean[c]);

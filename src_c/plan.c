@@ -85,7 +85,7 @@ fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_ma
     plan.stream = bytes > m->l3 / 4;
     if (fbn_two_phase(call->op)) {
         plan.slab = fbn_choose_slab(g, call, m, plan.team);
-        plan.backwards = plan.slab == 0;
+        plan.backwards = true;
         plan.ahead = plan.slab != 0 && plan.stream;
     }
     if (call->adjacent && !call->gated) {

@@ -112,6 +112,13 @@ static inline v_f64 v_load_f64(const double *p)
     return (v_f64){_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4), _mm256_loadu_pd(p + 8), _mm256_loadu_pd(p + 12)};
 }
 
+/* v_widen(v_load_f32(p)) without the shuffles: a convert takes its operand from memory. */
+static inline v_f64 v_load_wide_f32(const float *p)
+{
+    return (v_f64){_mm256_cvtps_pd(_mm_loadu_ps(p)), _mm256_cvtps_pd(_mm_loadu_ps(p + 4)),
+                   _mm256_cvtps_pd(_mm_loadu_ps(p + 8)), _mm256_cvtps_pd(_mm_loadu_ps(p + 12))};
+}
+
 static inline void v_store_f32(float *p, v_f32 x)
 {
     _mm256_storeu_ps(p, x.a);
@@ -227,7 +234,8 @@ static inline double v_sum_f64(v_f64 x)
     return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
 }
 
-static inline void v_prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
+/* A macro: GCC takes a function that only prefetches for one without effect, and drops the call. */
+#define v_prefetch(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
 static inline void v_fence(void) { _mm_sfence(); }
 
 #undef V_MAP_F32

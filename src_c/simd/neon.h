@@ -126,6 +126,8 @@ static inline v_f32 v_load_f32(const float *p) { V_MAP_F32; }
 static inline v_f64 v_load_f64(const double *p) { V_MAP_F64; }
 #undef V_EXPR
 
+static inline v_f64 v_load_wide_f32(const float *p) { return v_widen(v_load_f32(p)); }
+
 static inline void v_store_f32(float *p, v_f32 x)
 {
 #define V_PUT(r, i) vst1q_f32(p + 4 * i, x.r);
@@ -219,7 +221,8 @@ static inline double v_sum_f64(v_f64 x)
     return vgetq_lane_f64(two, 0) + vgetq_lane_f64(two, 1);
 }
 
-static inline void v_prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
+/* A macro: GCC takes a function that only prefetches for one without effect, and drops the call. */
+#define v_prefetch(p) __builtin_prefetch((p), 0, 2)
 static inline void v_fence(void) {}
 
 #undef V_MAP_F32
