@@ -103,6 +103,21 @@ fbn_coef fbn_coefs_at(const fbn_coefs *c, int64_t first)
     };
 }
 
+static void fbn_fill_f32(float *to, float value, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        to[i] = value;
+    }
+}
+
+static void fbn_fill_f64(double *to, double value, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        to[i] = value;
+    }
+}
+
+/* A period of `repeat` copies of each, then periods until the width is full. */
 void fbn_coefs_expand(fbn_coefs *to, const fbn_coefs *from, int64_t first, int64_t period, int64_t repeat, int64_t width,
                       bool backward)
 {
@@ -112,19 +127,19 @@ void fbn_coefs_expand(fbn_coefs *to, const fbn_coefs *from, int64_t first, int64
     for (int which = from->uniform ? FBN_NEG_MEAN : FBN_UNIT; which < count; which++) {
         const char *source = fbn_coef_array(from, which) + (size_t)first * size;
         char *target = fbn_coef_array(to, which);
-        for (int64_t i = 0, c = 0; i < width; c = c + 1 == period ? 0 : c + 1) {
-            int64_t end = width - i < repeat ? width : i + repeat;
-            if (size == sizeof(float)) {
-                float value = ((const float *)(const void *)source)[c];
-                for (; i < end; i++) {
-                    ((float *)(void *)target)[i] = value;
-                }
+        int64_t done = 0;
+        for (int64_t c = 0; c < period && repeat > 1; c++) {
+            if (fbn_is_wide(to->dtype)) {
+                fbn_fill_f64((double *)(void *)target + done, ((const double *)(const void *)source)[c], repeat);
             } else {
-                double value = ((const double *)(const void *)source)[c];
-                for (; i < end; i++) {
-                    ((double *)(void *)target)[i] = value;
-                }
+                fbn_fill_f32((float *)(void *)target + done, ((const float *)(const void *)source)[c], repeat);
             }
+            done += repeat;
+        }
+        for (const char *again = repeat > 1 ? target : source; done < width;) {
+            int64_t n = width - done < period * repeat ? width - done : period * repeat;
+            memcpy(target + (size_t)done * size, again, (size_t)n * size);
+            done += n;
         }
     }
 }
