@@ -112,12 +112,14 @@ cdef extern from "dispatch.h" nogil:
     const char *fbn_isa_name()
 
 cdef extern from "parallel.h" nogil:
+    enum:
+        FBN_MAX_THREADS
     ctypedef struct fbn_parallel_counters:
         long long parallel, contended
     void fbn_parallel_init()
     const char *fbn_parallel_runtime()
     bint fbn_parallel_sees_openmp()
-    void fbn_set_num_threads(int n)
+    bint fbn_set_num_threads(int n)
     int fbn_get_num_threads()
     fbn_parallel_counters fbn_parallel_count()
 
@@ -989,7 +991,8 @@ def backward_apply(grad_output, x, mean, var, weight, sum_dy, sum_dy_xmu, count,
 # ---- the machine ----
 
 def set_num_threads(int n):
-    fbn_set_num_threads(n)
+    if not fbn_set_num_threads(n):
+        raise ValueError(f"the number of threads must be from 1 to {FBN_MAX_THREADS}, got {n}")
 
 
 def get_num_threads():

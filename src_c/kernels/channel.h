@@ -81,7 +81,7 @@ static inline fbn_channel_coef fbn_affine_of(double mean, double lo, double hi, 
     double rest = (mean - hi) + lo;
     bool far = fabs(mean) > range->huge || (gain != 0.0 && fabs(gain) < range->smallest);
     double unit = far ? range->unit : 1.0;
-    double scale = gain / unit;
+    double scale = gain * (far ? 1.0 / range->unit : 1.0);
     fbn_channel_coef c = {.unit = unit, .neg_mean = -(hi * unit), .gain = gain};
     c.scale = fabs(scale) < range->smallest ? 0.0 : scale;
     c.shift = bias - (rest == 0.0 ? 0.0 : rest * gain);
@@ -92,13 +92,14 @@ static inline fbn_channel_coef fbn_affine_of(double mean, double lo, double hi, 
 static inline void fbn_backward_of(fbn_channel_coef *c, double mean, double lo, double hi, double var, double eps,
                                    double sum_dy, double sum_dy_xmu, double count)
 {
-    if (count == 0.0 || c->gain == 0.0) {
-        c->slope = c->offset = 0.0; /* constant statistics; or nothing passes */
-        return;
-    }
-    double slope = sum_dy_xmu / count / (var + eps);
-    c->slope = -slope / c->unit;
-    c->offset = c->gain * (((mean - hi) + lo) * slope - sum_dy / count);
+    /* Constant statistics have no such terms; and where nothing passes, nothing comes back. */
+    bool none = count == 0.0 || c->gain == 0.0;
+    double n = none ? 1.0 : count;
+    double spread = none ? 1.0 : var + eps;
+    double slope = sum_dy_xmu / n / spread;
+    double offset = c->gain * (((mean - hi) + lo) * slope - sum_dy / n);
+    c->slope = none ? 0.0 : -slope / c->unit;
+    c->offset = none ? 0.0 : offset;
 }
 
 /* A pivot must not turn finite neighbours into NaN. */
