@@ -231,7 +231,7 @@ void fbn_combine(const fbn_pass *pass, fbn_partials *p, int64_t first, int64_t l
 /* ---- apply ---- */
 
 /* Rows [row, row + rows) of `width` elements that begin at channel c, as one call of a cols kernel. With `panel`, a row
- * is that many of the tensor's rows. */
+ * is that many of the tensor's rows. Where no slab is to be fetched ahead, the next row is. */
 static void fbn_apply_block(const fbn_pass *pass, const fbn_coef *k, int64_t row, int64_t rows, int64_t c, int64_t width,
                             int64_t panel, int64_t ahead)
 {
@@ -250,8 +250,8 @@ static void fbn_apply_block(const fbn_pass *pass, const fbn_coef *k, int64_t row
         .gate_stride = fbn_gate_words(&pass->g),
         .rows = rows,
         .width = width,
-        .ahead = ahead * pass->x.channel_stride * size,
-        .other_ahead = ahead * pass->other.channel_stride * size,
+        .ahead = (ahead > 0 ? ahead * pass->x.channel_stride : pass->x.outer_stride * step) * size,
+        .other_ahead = (ahead > 0 ? ahead * pass->other.channel_stride : pass->other.outer_stride * step) * size,
         .stream = pass->plan.stream,
     };
     if (pass->backward) {

@@ -1,5 +1,7 @@
 """fresh.py -- run a few lines in an interpreter of their own, whose threads, memory and imports are nobody else's."""
 
+import contextlib
+import inspect
 import json
 import os
 import subprocess
@@ -9,24 +11,31 @@ import pytest
 
 needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc/self/task")
 
-# What the lines may use.
-PRELUDE = """
-import contextlib, json, os, resource, sys, threading, time
 
 def comms():
+    """Name every live thread of this process; those of our pool are called fastbn."""
     names = []
     for tid in os.listdir("/proc/self/task"):
         with contextlib.suppress(OSError), open(f"/proc/self/task/{tid}/comm") as file:
             names.append(file.read().strip())
     return names
 
+
 def report(**values):
+    """Tell `run` the result."""
     print(json.dumps(values))
+
+
+PRELUDE = f"""
+import contextlib, json, os, resource, sys, threading, time
+
+{inspect.getsource(comms)}
+{inspect.getsource(report)}
 """
 
 
 def run(code, timeout=300, **env):
-    """Run `code` after the prelude, in an environment without settings of ours or OpenMP's; return what it reports."""
+    """Run `code`, which may use `comms` and must `report`, in an environment without settings of ours or OpenMP's."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("FASTBN_", "OMP_", "GOMP_", "KMP_"))}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", PRELUDE + code],

@@ -441,11 +441,14 @@ def test_a_pickled_state_goes_through_the_checker(change):
     with pytest.raises(ValueError, match="not the pickled state of a BatchNorm"):
         bn.__setstate__({**state, **change})
     assert_unchanged(bn, before)
+    bn.eval()
     hostile = {**state, "settings": {**state["settings"], "num_features": 1 << 60}}
     with pytest.raises(ValueError, match="must have shape"):
         bn.__setstate__(hostile)
     with pytest.raises(ValueError, match="not the pickled state"):
         bn.__setstate__(None)
+    assert repr(bn) == "BatchNorm(4)"
+    assert not bn.training
 
 
 def test_modes_and_repr():
@@ -536,13 +539,19 @@ def test_a_signal_leaves_the_statistics_old_or_new(what):
     bn = fastbn.BatchNorm(512, momentum=1.0, dtype="float64", on_nonfinite="skip" if what == "skip" else "propagate")
     base = data((16, 512), "float64")
     mean, var = base.mean(0), base.var(0, ddof=1)
-    bn(base)
-    rng = np.random.default_rng(0)
+
+    def step():
+        count = bn.num_batches_tracked + 1
+        if what != "load":
+            return bn(base * count)
+        statistics = {"running_mean": count * mean, "running_var": count**2 * var, "num_batches_tracked": count}
+        return bn.load_state_dict({"weight": mean, "bias": mean, **statistics})
+
     start = time.perf_counter()
     for _ in range(20):
-        bn(base)
+        step()
     usual = (time.perf_counter() - start) / 20
-    bn.num_batches_tracked = 1
+    rng = np.random.default_rng(0)
     signals = 0
     previous = signal.signal(signal.SIGALRM, handler)
     try:
@@ -550,14 +559,7 @@ def test_a_signal_leaves_the_statistics_old_or_new(what):
             try:
                 signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.2, 5) * usual)
                 while True:
-                    count = bn.num_batches_tracked + 1
-                    if what == "load":
-                        bn.load_state_dict(
-                            {"weight": mean, "bias": mean, "running_mean": count * mean,
-                             "running_var": count**2 * var, "num_batches_tracked": count}
-                        )  # fmt: skip
-                    else:
-                        bn(base * count)
+                    step()
             except InterruptError:
                 signals += 1
             assert not bn._lock.locked()
@@ -567,4 +569,4 @@ def test_a_signal_leaves_the_statistics_old_or_new(what):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-    assert bn.num_batches_tracked > 1
+    assert bn.num_batches_tracked > 21

@@ -349,7 +349,7 @@ def test_there_are_enough_hostile_files():
 def test_a_hostile_file_is_a_value_error(name, tmp_path):
     """No code is run, memory stays small, the layer stays as it was.
 
-    Seeded bugs: allow_pickle=True; reading an array before its header is compared; a directory of any length.
+    Seeded bugs: no look at the dtype; reading an array before its header is compared; a directory of any length.
     """
     content, message = HOSTILE[name]
     bn, path = trained(), tmp_path / "bn.npz"
@@ -389,6 +389,22 @@ def test_a_damaged_file_is_a_value_error_or_harmless(seed):
     assert refused > 100
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_damage_behind_the_header_of_an_array(method):
+    """Seeded bugs: zlib's error or an early end of the file let through; no check sum."""
+    array = np.random.default_rng(0).normal(size=20_000).round(1)
+    good = archive([("a.npy", npy(array))], method)
+    assert_array_equal(fastbn.load(io.BytesIO(good))["a"], array)
+    for at in range(8_000, len(good) - 200, 1_001):
+        with pytest.raises(ValueError, match="not a state file that can be loaded"):
+            fastbn.load(io.BytesIO(good[:at] + bytes([good[at] ^ 255]) + good[at + 1 :]))
+    # The header and the directory tell of more than there is.
+    short = bytearray(archive([("a.npy", npy(array)[:1000])], method))
+    struct.pack_into("<LL", short, short.index(b"PK\x01\x02") + 20, len(npy(array)), len(npy(array)))
+    with pytest.raises(ValueError, match="not a state file that can be loaded"):
+        fastbn.load(io.BytesIO(short))
+
+
 def test_a_file_that_cannot_be_opened_is_an_os_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         fastbn.load(tmp_path / "none.npz")
@@ -396,8 +412,10 @@ def test_a_file_that_cannot_be_opened_is_an_os_error(tmp_path):
         fastbn.load(tmp_path)
 
 
-def test_the_cap_of_load_counts_all_arrays():
+def test_what_load_itself_refuses():
     data = savez(a=np.zeros(1000), b=np.zeros(1000))
+    with pytest.raises(ValueError, match="a must be finite, got 2 values that are not"):
+        fastbn.load(io.BytesIO(savez(a=np.array([1, np.nan, np.inf]))))
     assert len(fastbn.load(io.BytesIO(data), max_bytes=20_000)) == 2
     with pytest.raises(ValueError, match=r"take 16\d\d\d bytes, and at most 10000 are allowed"):
         fastbn.load(io.BytesIO(data), max_bytes=10_000)
