@@ -30,7 +30,7 @@ static void fbn_backward_slab(void *context, int tid, int64_t first, int64_t las
     fbn_backward_call *b = context;
     fbn_coefs coefs = b->work.coefs; /* the same arrays, but this slab's own flags */
     fbn_coefs_fill(&coefs, &b->affine, b->batch, NULL, first, last);
-    fbn_reduce(&b->work.pass, &b->work.partials, b->affine.mean, &coefs, first, last, 0, 1);
+    fbn_reduce(&b->work.pass, &b->work.partials, b->affine.mean, &coefs, &b->work.panels[tid], first, last, 0, 1);
     fbn_backward_settle(b, first, last);
     fbn_coefs_fill(&coefs, &b->affine, b->batch, &b->sums, first, last);
     fbn_apply_pass(&b->work.pass, &coefs, &b->work.panels[tid], first, last, ahead, 0, 1);
@@ -45,7 +45,8 @@ static void fbn_backward_slabs(int tid, int team, void *context)
 static void fbn_backward_reduce_task(int tid, int team, void *context)
 {
     fbn_backward_call *b = context;
-    fbn_reduce(&b->work.pass, &b->work.partials, b->affine.mean, &b->work.coefs, 0, b->work.pass.g.channels, tid, team);
+    fbn_reduce(&b->work.pass, &b->work.partials, b->affine.mean, &b->work.coefs, &b->work.panels[tid], 0,
+               b->work.pass.g.channels, tid, team);
 }
 
 static void fbn_backward_apply_task(int tid, int team, void *context)
@@ -90,7 +91,7 @@ fbn_status fbn_backward_reduce(const fbn_geometry *g, fbn_tensor x, fbn_tensor d
         !fbn_backward_ready(&b, g, x, dy, affine, gate, act, FBN_PLAN_REDUCE, threads)) {
         return FBN_BAD_ARGUMENT;
     }
-    fbn_status status = fbn_work_begin(&b.work, true, false);
+    fbn_status status = fbn_work_begin(&b.work, true);
     if (status == FBN_OK) {
         fbn_backward_reduce_all(&b);
         fbn_work_end(&b.work);
@@ -111,7 +112,7 @@ fbn_status fbn_backward_apply(const fbn_geometry *g, fbn_tensor x, fbn_tensor dy
         !fbn_backward_ready(&b, g, x, dy, affine, gate, act, FBN_PLAN_APPLY, threads)) {
         return FBN_BAD_ARGUMENT;
     }
-    fbn_status status = fbn_work_begin(&b.work, false, true);
+    fbn_status status = fbn_work_begin(&b.work, false);
     if (status == FBN_OK) {
         fbn_backward_apply_all(&b);
         fbn_work_end(&b.work);
@@ -133,7 +134,7 @@ fbn_status fbn_backward(const fbn_geometry *g, fbn_tensor x, fbn_tensor dy, fbn_
         return FBN_BAD_ARGUMENT;
     }
     b.sums = (fbn_backward_sums){sum_dy, sum_dy_xmu, training ? (double)(g->outer * g->inner) : 0.0};
-    fbn_status status = fbn_work_begin(&b.work, true, true);
+    fbn_status status = fbn_work_begin(&b.work, true);
     if (status != FBN_OK) {
         return status;
     }

@@ -5,7 +5,7 @@
 static void fbn_moments_task(int tid, int team, void *context)
 {
     fbn_work *w = context;
-    fbn_reduce(&w->pass, &w->partials, NULL, NULL, 0, w->pass.g.channels, tid, team);
+    fbn_reduce(&w->pass, &w->partials, NULL, NULL, NULL, 0, w->pass.g.channels, tid, team);
 }
 
 fbn_status fbn_moments_of(const fbn_geometry *g, fbn_tensor x, int threads, fbn_moments *out)
@@ -14,7 +14,7 @@ fbn_status fbn_moments_of(const fbn_geometry *g, fbn_tensor x, int threads, fbn_
     if (x.data == NULL || out == NULL || !fbn_pass_ready(&w.pass, g, (fbn_act){FBN_IDENTITY, 0.0}, FBN_PLAN_MOMENTS, threads)) {
         return FBN_BAD_ARGUMENT;
     }
-    fbn_status status = fbn_work_begin(&w, true, false);
+    fbn_status status = fbn_work_begin(&w, true);
     if (status == FBN_OK) {
         fbn_parallel(w.pass.plan.team, fbn_moments_task, &w);
         fbn_combine(&w.pass, &w.partials, 0, g->channels);

@@ -70,15 +70,28 @@ bool fbn_pass_ready(fbn_pass *pass, const fbn_geometry *g, fbn_act act, fbn_op o
 
 /* ---- reduce ---- */
 
-static int64_t fbn_strips(const fbn_geometry *g)
+/* Whether short planes are summed side by side, as columns. That follows from geometry, strides and dtype, so that the
+ * result does not depend on anything else; a gate has words for every plane, which do not join up. */
+static bool fbn_by_planes(const fbn_pass *pass)
 {
+    const fbn_geometry *g = &pass->g;
+    return g->family == FBN_ROWS && g->inner >= FBN_PLANE_MIN && g->inner <= FBN_PLANE_MAX && pass->gate == NULL &&
+           fbn_adjacent(g, &pass->x) && (!pass->backward || fbn_adjacent(g, &pass->other));
+}
+
+static int64_t fbn_strips(const fbn_pass *pass)
+{
+    const fbn_geometry *g = &pass->g;
+    if (fbn_by_planes(pass)) {
+        return fbn_strips_planes(g->outer, g->channels);
+    }
     return g->family == FBN_ROWS ? fbn_blocks_rows(g->outer, g->channels, g->inner).strips : fbn_strips_cols(g->outer);
 }
 
 bool fbn_partials_alloc(fbn_partials *p, const fbn_pass *pass)
 {
     int64_t channels = pass->g.channels;
-    p->strips = fbn_strips(&pass->g);
+    p->strips = fbn_strips(pass);
     p->memory = NULL;
     if (channels > INT64_MAX / 64 / p->strips || (uint64_t)(channels * p->strips) > SIZE_MAX / 64) {
         return false;
@@ -98,10 +111,11 @@ void fbn_partials_free(fbn_partials *p)
 }
 
 /* Elements of a channel in strips [from, to). */
-static double fbn_strips_count(const fbn_geometry *g, const fbn_blocks *b, int64_t strips, int64_t from, int64_t to)
+static double fbn_strips_count(const fbn_pass *pass, const fbn_blocks *b, int64_t strips, int64_t from, int64_t to)
 {
-    if (g->family == FBN_COLS) {
-        return (double)(fbn_part(g->outer, to, strips) - fbn_part(g->outer, from, strips));
+    const fbn_geometry *g = &pass->g;
+    if (g->family == FBN_COLS || fbn_by_planes(pass)) {
+        return (double)((fbn_part(g->outer, to, strips) - fbn_part(g->outer, from, strips)) * g->inner);
     }
     int64_t first = fbn_part(b->count, from, strips);
     int64_t last = fbn_part(b->count, to, strips);
@@ -148,42 +162,59 @@ static void fbn_reduce_rows(const fbn_pass *pass, fbn_partials *p, const fbn_blo
     pass->kernels->backward_reduce_rows(&span, &k, pass->rule, g->outer, blocks, first, last, &hi, &p->a[at], &p->b[at]);
 }
 
+/* Columns that are channels, or, in the rows family, the elements of short planes. */
 static void fbn_reduce_cols(const fbn_pass *pass, fbn_partials *p, const double *mean, const fbn_coefs *coefs,
-                            int64_t first, int64_t last, int64_t strip)
+                            fbn_coefs *panel, int64_t first, int64_t last, int64_t strip)
 {
     const fbn_geometry *g = &pass->g;
+    const bool planes = g->family == FBN_ROWS;
     int64_t size = fbn_dtype_size(g->dtype);
     int64_t row = fbn_part(g->outer, strip, p->strips);
     int64_t rows = fbn_part(g->outer, strip + 1, p->strips) - row;
     int64_t at = strip * g->channels + first;
+    const void *x = fbn_at(&pass->x, size, row, first, 0);
+    if (!pass->backward && planes) {
+        pass->kernels->moments_planes(x, pass->x.outer_stride, rows, last - first, g->inner, p->a + at, p->b + at,
+                                      p->c + at);
+        return;
+    }
     if (!pass->backward) {
-        pass->kernels->moments_cols(fbn_at(&pass->x, size, row, first, 0), pass->x.outer_stride, rows, last - first,
-                                    p->a + at, p->b + at, p->c + at);
+        pass->kernels->moments_cols(x, pass->x.outer_stride, rows, last - first, p->a + at, p->b + at, p->c + at);
         return;
     }
     fbn_span span = {
-        .x = fbn_at(&pass->x, size, row, first, 0),
+        .x = x,
         .other = fbn_at(&pass->other, size, row, first, 0),
-        .gate = fbn_gate_at(pass, row, first),
+        .gate = planes ? NULL : fbn_gate_at(pass, row, first),
         .x_stride = pass->x.outer_stride,
         .other_stride = pass->other.outer_stride,
         .gate_stride = fbn_gate_words(g),
         .rows = rows,
-        .width = last - first,
+        .width = (last - first) * g->inner,
     };
     fbn_coef k = fbn_coefs_at(coefs, first);
     double hi[FBN_COMBINE];
     for (int64_t c = first; c < last; c++) {
         hi[c - first] = fbn_round_mean(g->dtype, mean[c]);
     }
-    pass->kernels->backward_reduce_cols(&span, &k, pass->rule, hi, p->a + at, p->b + at);
+    if (planes && pass->rule.kind != FBN_IDENTITY) {
+        fbn_coefs_expand(panel, coefs, first, last - first, g->inner, span.width, false);
+        k = fbn_coefs_at(panel, 0);
+    }
+    pass->kernels->backward_reduce_cols(&span, &k, pass->rule, planes ? g->inner : 0, hi, p->a + at, p->b + at);
 }
 
-void fbn_reduce(const fbn_pass *pass, fbn_partials *p, const double *mean, const fbn_coefs *coefs, int64_t first,
-                int64_t last, int64_t part, int64_t parts)
+/* Channels that are reduced together as columns. */
+static int64_t fbn_columns_chunk(const fbn_pass *pass)
+{
+    return fbn_clamp(FBN_COMBINE / pass->g.inner, 1, FBN_COMBINE);
+}
+
+void fbn_reduce(const fbn_pass *pass, fbn_partials *p, const double *mean, const fbn_coefs *coefs, fbn_coefs *panel,
+                int64_t first, int64_t last, int64_t part, int64_t parts)
 {
     const fbn_geometry *g = &pass->g;
-    if (g->family == FBN_ROWS) {
+    if (g->family == FBN_ROWS && !fbn_by_planes(pass)) {
         fbn_blocks blocks = fbn_blocks_rows(g->outer, g->channels, g->inner);
         int64_t tasks = (last - first) * p->strips;
         for (int64_t t = fbn_part(tasks, part, parts); t < fbn_part(tasks, part + 1, parts); t++) {
@@ -191,11 +222,12 @@ void fbn_reduce(const fbn_pass *pass, fbn_partials *p, const double *mean, const
         }
         return;
     }
-    int64_t chunks = fbn_ceil_div(last - first, FBN_COMBINE);
+    int64_t chunk = fbn_columns_chunk(pass);
+    int64_t chunks = fbn_ceil_div(last - first, chunk);
     int64_t tasks = chunks * p->strips;
     for (int64_t t = fbn_part(tasks, part, parts); t < fbn_part(tasks, part + 1, parts); t++) {
-        int64_t c = first + t % chunks * FBN_COMBINE;
-        fbn_reduce_cols(pass, p, mean, coefs, c, fbn_min(c + FBN_COMBINE, last), t / chunks);
+        int64_t c = first + t % chunks * chunk;
+        fbn_reduce_cols(pass, p, mean, coefs, panel, c, fbn_min(c + chunk, last), t / chunks);
     }
 }
 
@@ -210,8 +242,8 @@ void fbn_combine(const fbn_pass *pass, fbn_partials *p, int64_t first, int64_t l
     for (int64_t step = 1; step < p->strips; step *= 2) {
         for (int64_t strip = 0; strip + step < p->strips; strip += 2 * step) {
             int64_t middle = strip + step;
-            double count = fbn_strips_count(g, &blocks, p->strips, strip, middle);
-            double more = fbn_strips_count(g, &blocks, p->strips, middle, fbn_min(middle + step, p->strips));
+            double count = fbn_strips_count(pass, &blocks, p->strips, strip, middle);
+            double more = fbn_strips_count(pass, &blocks, p->strips, middle, fbn_min(middle + step, p->strips));
             double share = more / (count + more);
             double weight = count * share;
             for (int64_t c = first; c < last; c++) {
@@ -373,9 +405,11 @@ static void fbn_apply_rows(const fbn_pass *pass, const fbn_coefs *coefs, fbn_coe
     }
 }
 
-int64_t fbn_panel_width(const fbn_pass *pass)
+static int64_t fbn_panel_width(const fbn_pass *pass)
 {
-    return pass->plan.panel * (pass->g.family == FBN_ROWS ? pass->g.inner : pass->g.channels);
+    int64_t apply = pass->plan.panel * (pass->g.family == FBN_ROWS ? pass->g.inner : pass->g.channels);
+    bool reduces = pass->backward && pass->rule.kind != FBN_IDENTITY && fbn_by_planes(pass);
+    return reduces && apply < FBN_COMBINE ? FBN_COMBINE : apply;
 }
 
 void fbn_apply_pass(const fbn_pass *pass, const fbn_coefs *coefs, fbn_coefs *panel, int64_t first, int64_t last,
@@ -398,14 +432,15 @@ void fbn_apply_pass(const fbn_pass *pass, const fbn_coefs *coefs, fbn_coefs *pan
 fbn_status fbn_panels_begin(fbn_work *w)
 {
     int team = w->pass.plan.team;
-    if (w->pass.plan.panel == 0 && team == 1) {
+    int64_t width = fbn_panel_width(&w->pass);
+    if (width == 0 && team == 1) {
         w->panels = &w->one;
         return FBN_OK;
     }
     w->panels = calloc((size_t)team, sizeof *w->panels);
     bool ok = w->panels != NULL;
-    for (int i = 0; ok && w->pass.plan.panel > 0 && i < team; i++) {
-        ok = fbn_coefs_alloc(&w->panels[i], w->pass.g.dtype, fbn_panel_width(&w->pass));
+    for (int i = 0; ok && width > 0 && i < team; i++) {
+        ok = fbn_coefs_alloc(&w->panels[i], w->pass.g.dtype, width);
     }
     if (!ok) {
         fbn_work_end(w);
@@ -413,14 +448,14 @@ fbn_status fbn_panels_begin(fbn_work *w)
     return ok ? FBN_OK : FBN_NO_MEMORY;
 }
 
-fbn_status fbn_work_begin(fbn_work *w, bool reduces, bool applies)
+fbn_status fbn_work_begin(fbn_work *w, bool reduces)
 {
     if ((reduces && !fbn_partials_alloc(&w->partials, &w->pass)) ||
         !fbn_coefs_alloc(&w->coefs, w->pass.g.dtype, w->pass.g.channels)) {
         fbn_work_end(w);
         return FBN_NO_MEMORY;
     }
-    return applies ? fbn_panels_begin(w) : FBN_OK;
+    return fbn_panels_begin(w);
 }
 
 void fbn_work_end(fbn_work *w)

@@ -112,6 +112,9 @@ static inline double fbn_pivot(double x)
  * where it is long. They follow from the geometry alone: never from threads, caches or the ISA. */
 enum { FBN_BLOCK = 4096, FBN_BLOCK_ROWS = 512, FBN_STRIP_ROWS = 256, FBN_STRIPS = 128, FBN_TASKS = 1024 };
 
+/* Planes so short that channels are summed side by side. Shorter than the minimum, a group would have too many. */
+enum { FBN_PLANE_MIN = 4, FBN_PLANE_MAX = 120 };
+
 typedef struct {
     int64_t planes;    /* planes in a block, where pieces is 1 */
     int64_t pieces;    /* blocks in a plane, where planes is 1 */
@@ -146,6 +149,12 @@ static inline fbn_blocks fbn_blocks_rows(int64_t outer, int64_t channels, int64_
 static inline int64_t fbn_strips_cols(int64_t rows)
 {
     return fbn_clamp(rows / FBN_STRIP_ROWS, 1, FBN_STRIPS);
+}
+
+/* Short planes: strips of planes. */
+static inline int64_t fbn_strips_planes(int64_t planes, int64_t channels)
+{
+    return fbn_clamp(fbn_ceil_div(FBN_TASKS, channels), 1, fbn_clamp(planes / 64, 1, FBN_STRIPS));
 }
 
 /* The i-th of n even parts of `total` begins here; the same rule cuts strips and the shares of threads. */

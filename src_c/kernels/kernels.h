@@ -47,15 +47,19 @@ typedef struct {
     /* Moments of `rows` rows of `width` channels. */                                                                  \
     OP(moments_cols, (const void *x, int64_t stride, int64_t rows, int64_t width, double *mean, double *lo,            \
                       double *m2))                                                                                     \
+    /* Moments of channels whose planes of `inner` elements lie side by side. */                                       \
+    OP(moments_planes, (const void *x, int64_t stride, int64_t rows, int64_t channels, int64_t inner, double *mean,    \
+                        double *lo, double *m2))                                                                       \
     /* y = act((x - mean) * scale + shift + residual) */                                                               \
     OP(normalize_rows, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                     \
     OP(normalize_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                     \
-    /* sum dz and sum dz * (x - mean[c]) over the same blocks and rows as the moments */                               \
+    /* sum dz and sum dz * (x - mean[c]) over the same blocks and rows as the moments; with inner > 0 the columns are      \
+     * planes of that many elements, and k has a coefficient for every column */                                        \
     OP(backward_reduce_rows, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule, int64_t outer,                 \
                               const fbn_blocks *blocks, int64_t first, int64_t last, const double *mean,               \
                               double *sum_dy, double *sum_dy_xmu))                                                     \
-    OP(backward_reduce_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule, const double *mean,            \
-                              double *sum_dy, double *sum_dy_xmu))                                                                        \
+    OP(backward_reduce_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule, int64_t inner,                 \
+                              const double *mean, double *sum_dy, double *sum_dy_xmu))                                                                        \
     /* dx = (dz + (x - mean) * slope) * gain + offset */                                                               \
     OP(backward_apply_rows, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                \
     OP(backward_apply_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                \
