@@ -1,0 +1,178 @@
+"""test_bits -- promise 3: the same bytes for every team, every tier, every repeat and every place of the result.
+
+Seeded bug that turns it red: partial sums combined by thread instead of by block.
+"""
+
+import arrays
+import numpy as np
+import pytest
+from arrays import normal, parameters
+
+import fastbn
+from fastbn import _native
+
+TEAMS = (1, 2, 3, 5, 8)
+
+# Around lanes, tiles and blocks; most of these are too little work for a team.
+SMALL = [
+    (outer, channels, inner)
+    for channels in (1, 2, 15, 16, 17, 33, 257)
+    for outer, inner in ((2, 1), (3, 7), (2, 49), (5, 64), (33, 17), (1, 4097), (513, 2))
+    if outer * channels * inner < 1 << 17
+]
+# Enough for a team whatever the dtype: 128 KB and more.
+LARGE = [
+    (2, 64, 28 * 28),
+    (1, 3, 150 * 150),
+    (2, 1, 40_001),
+    (1, 2, 50_001),
+    (4, 512, 49),
+    (6, 257, 65),
+    (300, 40, 8),
+    (1000, 100, 1),
+    (5000, 17, 1),
+    (100, 1025, 1),
+    (30_003, 3, 1),
+    (3, 8, 4097),
+]
+
+
+def results(x, grad_output, residual, axis, weight, bias):
+    """The bytes of every result of every function."""
+    found = []
+    for activation, added in ((None, None), ("relu6", None), ("leaky_relu", residual)):
+        options = {"channel_axis": axis, "activation": activation, "residual": added}
+        y, saved = fastbn.batch_norm_forward(x, weight, bias, **options)
+        found += [y, saved.mean, saved.var, *fastbn.batch_norm_backward(grad_output, x, saved, weight, bias)]
+    m = fastbn.moments(x, channel_axis=axis)
+    found += [m.mean, m.m2, fastbn.normalize(x, m.mean, m.var(), weight, bias, channel_axis=axis)]
+    sums = fastbn.backward_reduce(grad_output, x, m.mean, channel_axis=axis)
+    apply = fastbn.backward_apply(grad_output, x, m.mean, m.var(), weight, *sums, m.count, channel_axis=axis)
+    return [array.tobytes() for array in (*found, *sums, apply)]
+
+
+def data(rng, layout, dtype, size):
+    shape, axis = layout(*size)
+    x, grad_output, residual = (normal(rng, shape, dtype, mean=mean) for mean in (3, 0, 0))
+    return x, grad_output, residual, axis, *parameters(rng, size[1], dtype)
+
+
+def all_ways():
+    for isa in _native.isas():
+        _native.use_isa(isa)
+        for team in TEAMS:
+            with fastbn.num_threads(team):
+                yield isa, team
+
+
+@pytest.fixture(autouse=True)
+def restore():
+    before = _native.isa()
+    yield
+    _native.use_isa(before)
+
+
+@pytest.mark.parametrize("size", SMALL, ids=str)
+def test_small(dtype, layout, size, rng):
+    given = data(rng, layout, dtype, size)
+    expected = results(*given)
+    for isa, team in all_ways():
+        assert results(*given) == expected, (isa, team)
+
+
+@pytest.mark.parametrize("size", LARGE, ids=str)
+def test_large(dtype, layout, size, rng):
+    given = data(rng, layout, dtype, size)
+    _native.use_isa("scalar")
+    with fastbn.num_threads(1):
+        expected = results(*given)
+    for isa, team in all_ways():
+        before = _native.parallel_counters()["parallel"]
+        assert results(*given) == expected, (isa, team)
+        if _native.parallel_runtime() != "serial":
+            assert (_native.parallel_counters()["parallel"] > before) == (team > 1), "no team ran"
+
+
+def test_repeats(isa, dtype, layout, rng):
+    """A race shows up now and then, so ask often."""
+    given = data(rng, layout, dtype, (9, 20, 20 * 20))
+    with fastbn.num_threads(8):
+        expected = results(*given)
+        for _ in range(6):
+            assert results(*given) == expected
+
+
+@pytest.mark.parametrize("size", [(4, 19, 77), (3, 40, 29 * 29)], ids=str)
+def test_where_the_result_goes(isa, threads, dtype, layout, size, rng):
+    """A new array, one that was given, one off its cache lines (which cannot be streamed to), or x itself."""
+    x, grad_output, residual, axis, weight, bias = data(rng, layout, dtype, size)
+    options = {"channel_axis": axis, "activation": "relu"}
+    for added in (None, residual):
+        expected, saved = fastbn.batch_norm_forward(x, weight, bias, residual=added, **options)
+        backward = fastbn.batch_norm_backward(grad_output, x, saved, weight, bias)
+        for out in (
+            np.empty_like(x),
+            arrays.unaligned_to_vectors(x),
+            arrays.misaligned(x),
+            x.copy(),
+        ):  # the last one in place
+            source = out if arrays.same_bytes(out, x) else x
+            y, other = fastbn.batch_norm_forward(source, weight, bias, residual=added, out=out, **options)
+            assert y is out
+            assert arrays.same_bytes(y, expected)
+            assert arrays.same_bytes(other.var, saved.var)
+        for out in (np.empty_like(x), arrays.unaligned_to_vectors(x), grad_output.copy()):
+            source = out if arrays.same_bytes(out, grad_output) else grad_output
+            dx, *rest = fastbn.batch_norm_backward(source, x, saved, weight, bias, out=out)
+            assert dx is out
+            assert all(arrays.same_bytes(a, b) for a, b in zip((dx, *rest), backward, strict=True))
+
+
+@pytest.mark.parametrize("view", ["window", "misaligned", "unaligned_to_vectors", "read_only"])
+def test_where_the_data_lie(isa, dtype, layout, view, rng):
+    """The same numbers in the same order: neither alignment nor strides may show in the result."""
+    x, grad_output, residual, axis, weight, bias = data(rng, layout, dtype, (9, 18, 300))
+    arrange = arrays.views(3)[view]
+    expected = results(x, grad_output, residual, axis, weight, bias)
+    assert results(arrange(x), arrange(grad_output), arrange(residual), axis, weight, bias) == expected
+
+
+def test_channel_by_channel(isa, dtype, layout, rng):
+    """A channel's result does not depend on its neighbours: computed alone, or among fewer, it is the same."""
+    x, _, _, axis, weight, bias = data(rng, layout, dtype, (9, 40, 300))
+    whole = np.moveaxis(fastbn.batch_norm_forward(x, weight, bias, channel_axis=axis)[0], axis, 0)
+    for part in (slice(0, 17), slice(17, 40), slice(5, 6)):
+        few = np.ascontiguousarray(np.moveaxis(np.moveaxis(x, axis, 0)[part], 0, axis))
+        y, _ = fastbn.batch_norm_forward(few, weight[part], bias[part], channel_axis=axis)
+        if axis == -1 and few.shape[-1] == 1:
+            continue  # one channel is a contiguous run in either layout
+        assert np.moveaxis(y, axis, 0).tobytes() == whole[part].tobytes()
+
+
+def test_past_the_cache(dtype, layout, rng):
+    """A tensor so large that results are streamed to memory, against its parts, which are small enough not to be."""
+    limit = _native.machine()["l3"] // 4
+    inner = limit // dtype.itemsize // 48 + 5
+    if inner > 1 << 20:
+        pytest.skip("this machine's cache is so large that the test would take minutes")
+    x, grad_output, _, axis, weight, bias = data(rng, layout, dtype, (3, 16, inner))
+    family = "rows" if axis == 1 else "cols"
+    outer, channels, inner = (3, 16, inner) if axis == 1 else (3 * inner, 16, 1)
+    for op in ("forward", "normalize", "backward"):
+        assert _native.plan(op, dtype.name, family, outer, channels, inner, 2)["stream"]
+    parts = [slice(0, 8), slice(8, 16)]
+    few = [[np.ascontiguousarray(a[:, p] if axis == 1 else a[..., p]) for a in (x, grad_output)] for p in parts]
+    options = {"channel_axis": axis, "activation": "relu"}
+    pieces = []
+    for (one, dy), p in zip(few, parts, strict=True):
+        y, saved = fastbn.batch_norm_forward(one, weight[p], bias[p], **options)
+        z = fastbn.normalize(one, saved.mean, saved.var, weight[p], bias[p], channel_axis=axis)
+        pieces.append((y, z, fastbn.batch_norm_backward(dy, one, saved, weight[p], bias[p])[0]))
+    expected = [np.concatenate(c, axis=axis) for c in zip(*pieces, strict=True)]
+    for team in (1, 2, 3):
+        with fastbn.num_threads(team):
+            y, saved = fastbn.batch_norm_forward(x, weight, bias, **options)
+            z = fastbn.normalize(x, saved.mean, saved.var, weight, bias, channel_axis=axis)
+            dx = fastbn.batch_norm_backward(grad_output, x, saved, weight, bias)[0]
+        for found, wanted in zip((y, z, dx), expected, strict=True):
+            assert arrays.same_bytes(found, wanted)

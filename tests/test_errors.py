@@ -1,0 +1,335 @@
+"""test_errors -- wrong arguments, one at a time, in every parameter of every public function.
+
+Each must be a TypeError or a ValueError that names the argument and what came, and must leave every array as it was.
+
+Seeded bug that turns it red: the check of a parameter's length removed in one entry (with the sanitizers: a report).
+"""
+
+import re
+
+import numpy as np
+import pytest
+
+import fastbn
+
+SHAPE, C = (4, 3, 5), 3
+
+
+def tensor(value=1.0, shape=SHAPE, dtype=np.float32):
+    return (np.arange(np.prod(shape)).reshape(shape) % 7 + value).astype(dtype)
+
+
+def vector(value=1.0, length=C, dtype=np.float32):
+    return (np.arange(length) + value).astype(dtype)
+
+
+def a_saved(shape=SHAPE, dtype=np.float32, **options):
+    return fastbn.batch_norm_forward(tensor(shape=shape, dtype=dtype), **options)[1]
+
+
+def read_only():
+    out = tensor(7)
+    out.flags.writeable = False
+    return out
+
+
+# A good argument for every parameter, and the parameters of every function.
+GOOD = {
+    "x": tensor,
+    "residual": lambda: tensor(2),
+    "grad_output": lambda: tensor(3),
+    "out": lambda: tensor(7),
+    "saved": a_saved,
+    "running_mean": lambda: vector(0),
+    "running_var": vector,
+    "mean": lambda: vector(0),
+    "var": vector,
+    "weight": vector,
+    "bias": vector,
+    "sum_dy": vector,
+    "sum_dy_xmu": vector,
+    "count": lambda: 20,
+    "training": lambda: True,
+    "momentum": lambda: 0.1,
+    "eps": lambda: 1e-5,
+    "channel_axis": lambda: 1,
+    "activation": lambda: "leaky_relu",
+    "negative_slope": lambda: 0.1,
+}
+SETTINGS = "eps channel_axis activation negative_slope residual out"
+FUNCTIONS = {
+    "batch_norm": f"x running_mean running_var weight bias training momentum {SETTINGS}",
+    "batch_norm_eval": f"x running_mean running_var weight bias {SETTINGS}",
+    "batch_norm_forward": f"x weight bias {SETTINGS}",
+    "batch_norm_backward": "grad_output x saved weight bias out",
+    "moments": "x channel_axis",
+    "normalize": f"x mean var weight bias {SETTINGS}",
+    "backward_reduce": "grad_output x mean channel_axis",
+    "backward_apply": "grad_output x mean var weight sum_dy sum_dy_xmu count eps channel_axis out",
+    "layer": "x residual out",
+    "layer_eval": "x residual out",
+    "layer_backward": "grad_output out",
+    "frozen": "x residual out",
+}
+
+
+def good_arguments(function):
+    return {parameter: GOOD[parameter]() for parameter in FUNCTIONS[function].split()}
+
+
+# kind of parameter -> {label: (bad value, what the message must say came)}
+NOT_ARRAYS = {
+    "list": (lambda: [[1.0]], r"\blist\b"),
+    "tuple": (lambda: (1.0, 2.0, 3.0), r"\btuple\b"),
+    "float": (lambda: 1.5, r"\bfloat\b"),
+    "str": (lambda: "array", r"\bstr\b"),
+    "object": (object, r"\bobject\b"),
+}
+TENSORS = {
+    **NOT_ARRAYS,
+    "int32": (lambda: tensor(dtype=np.int32), "int32"),
+    "bool": (lambda: tensor(dtype=bool), "bool"),
+    "complex64": (lambda: tensor(dtype=np.complex64), "complex64"),
+    "object_dtype": (lambda: tensor(dtype=object), "object"),
+    "str_dtype": (lambda: tensor().astype(str), "U"),
+}
+X = {
+    **TENSORS,
+    "None": (lambda: None, "None"),
+    "longdouble": (lambda: tensor(dtype=np.longdouble), "float128|longdouble"),
+    "structured": (lambda: np.zeros(SHAPE, "f4,f4"), "f4"),
+    "datetime": (lambda: np.zeros(SHAPE, "M8[s]"), "datetime64"),
+    "0-d": (lambda: np.array(np.float32(3)), r"\b0\b|\(\)"),
+    "1-D": (lambda: vector(), r"\b1\b|\(3,\)"),
+}
+LIKE_X = {
+    **TENSORS,
+    "float64": (lambda: tensor(dtype=np.float64), "float64"),
+    "float16": (lambda: tensor(dtype=np.float16), "float16"),
+    "shorter": (lambda: tensor(shape=(3, 3, 5)), r"\(3, 3, 5\)"),
+    "longer": (lambda: tensor(shape=(4, 3, 6)), r"\(4, 3, 6\)"),
+    "transposed": (lambda: tensor(shape=(5, 3, 4)), r"\(5, 3, 4\)"),
+    "flat": (lambda: tensor(shape=(60,)), r"\(60,\)"),
+    "extra_axis": (lambda: tensor(shape=(1, 4, 3, 5)), r"\(1, 4, 3, 5\)"),
+    "broadcastable": (lambda: tensor(shape=(1, 3, 1)), r"\(1, 3, 1\)"),
+    "empty": (lambda: tensor(shape=(0, 3, 5)), r"\(0, 3, 5\)"),
+}
+OUT = {**LIKE_X, "read_only": (read_only, "read-only"), "stride_0": (lambda: np.lib.stride_tricks.as_strided(
+    np.full(5, 7, np.float32), SHAPE, (0, 0, 4)), "stride")}  # fmt: skip
+PARAMETER = {
+    **NOT_ARRAYS,
+    "int64": (lambda: vector(dtype=np.int64), "int64"),
+    "bool": (lambda: vector(dtype=bool), "bool"),
+    "complex128": (lambda: vector(dtype=np.complex128), "complex128"),
+    "object_dtype": (lambda: vector(dtype=object), "object"),
+    "short": (lambda: vector(length=2), r"\b2\b"),
+    "long": (lambda: vector(length=4), r"\b4\b"),
+    "empty": (lambda: vector(length=0), r"\b0\b"),
+    "one": (lambda: vector(length=1), r"\b1\b"),
+    "0-d": (lambda: np.array(np.float32(1)), r"\(\)|0-D|\b0\b"),
+    "2-D": (lambda: vector().reshape(1, 3), r"\(1, 3\)|2-D|\b2\b"),
+    "column": (lambda: vector().reshape(3, 1), r"\(3, 1\)|2-D|\b2\b"),
+}
+REQUIRED = {**PARAMETER, "None": (lambda: None, "None")}
+
+
+def read_only_vector():
+    value = vector()
+    value.flags.writeable = False
+    return value
+
+
+RUNNING = {
+    **PARAMETER,
+    "read_only": (read_only_vector, "read-only"),
+    "float16": (lambda: vector(dtype=np.float16), "float16"),
+    "stride_0": (lambda: np.lib.stride_tricks.as_strided(np.ones(1, np.float32), (3,), (0,)), "stride"),
+}
+NUMBER = {
+    "None": (lambda: None, "None"),
+    "str": (lambda: "0.1", r"str|'0\.1'"),
+    "list": (lambda: [0.1], r"list|\[0\.1\]"),
+    "complex": (lambda: 1j, "complex|1j"),
+    "nan": (lambda: np.nan, "nan"),
+}
+EPS = {**NUMBER, "negative": (lambda: -1e-5, r"-1e-05"), "inf": (lambda: np.inf, "inf")}
+SLOPE = {**NUMBER, "inf": (lambda: np.inf, "inf")}
+COUNT = {**NUMBER, "negative": (lambda: -1, "-1"), "inf": (lambda: np.inf, "inf")}
+AXIS = {
+    "None": (lambda: None, "None"),
+    "str": (lambda: "1", "str|'1'"),
+    "float": (lambda: 1.0, r"float|1\.0"),
+    "tuple": (lambda: (1,), r"tuple|\(1,\)"),
+    "too_large": (lambda: 3, r"\b3\b"),
+    "too_small": (lambda: -4, "-4"),
+    "astronomical": (lambda: 1 << 70, str(1 << 70)),
+}
+ACTIVATION = {
+    "unknown": (lambda: "gelu", "gelu"),
+    "empty": (lambda: "", "''"),
+    "upper": (lambda: "ReLU", "ReLU"),
+    "bytes": (lambda: b"relu", "bytes|b'relu'"),
+    "number": (lambda: 1, "int|1"),
+    "list": (lambda: ["relu"], "list"),
+}
+SAVED = {
+    "None": (lambda: None, "None"),
+    "number": (lambda: 5, "int|5"),
+    "tuple": (lambda: (vector(), vector()), "tuple"),
+    "moments": (lambda: fastbn.moments(tensor()), "Moments"),
+}
+KINDS = {
+    "x": X, "residual": LIKE_X, "grad_output": {**LIKE_X, "None": (lambda: None, "None")}, "out": OUT,
+    "weight": PARAMETER, "bias": PARAMETER, "mean": REQUIRED, "var": REQUIRED, "sum_dy": REQUIRED,
+    "sum_dy_xmu": REQUIRED, "running_mean": RUNNING, "running_var": RUNNING, "eps": EPS, "momentum": NUMBER,
+    "negative_slope": SLOPE, "count": COUNT, "channel_axis": AXIS, "activation": ACTIVATION, "saved": SAVED,
+}  # fmt: skip
+
+
+def cases():
+    for function, parameters in FUNCTIONS.items():
+        for parameter in parameters.split():
+            kind = KINDS.get(parameter, {})
+            if function == "batch_norm_eval" and parameter.startswith("running"):
+                kind = REQUIRED
+            for label in kind:
+                yield pytest.param(function, parameter, *kind[label], id=f"{function}-{parameter}-{label}")
+
+
+def calls(function):
+    """The function, and the arrays it owns."""
+    if function in ("layer", "layer_eval", "layer_backward", "frozen"):
+        bn = fastbn.BatchNorm(C, activation="relu")
+        own = [bn.weight, bn.bias, bn.running_mean, bn.running_var]
+        if function == "frozen":
+            return bn.freeze(), own
+        if function == "layer_backward":
+            bn(tensor())
+            return bn.backward, own
+        return bn.train(function == "layer"), own
+    return getattr(fastbn, function.removesuffix("_eval")), []
+
+
+@pytest.mark.parametrize(("function", "parameter", "make", "came"), list(cases()))
+def test_one_wrong_argument(function, parameter, make, came):
+    arguments = good_arguments(function)
+    call, own = calls(function)
+    arguments[parameter] = bad = make()
+    watched = [a for a in (*arguments.values(), *own) if isinstance(a, np.ndarray) and a.dtype != object]
+    before = [a.tobytes() for a in watched]
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call(**arguments)
+    message = str(caught.value)
+    assert re.search(rf"\b{parameter}\b", message), f"does not name {parameter}: {message}"
+    assert re.search(came, message), f"does not say what came: {message}"
+    assert [a.tobytes() for a in watched] == before
+    assert arguments[parameter] is bad
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_the_good_arguments_are_good(function):
+    """Otherwise the cases above would fail for reasons of their own."""
+    arguments = good_arguments(function)
+    call, _ = calls(function)
+    call(**arguments)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+@pytest.mark.parametrize("function", ["layer", "layer_eval", "frozen"])
+def test_x_with_another_number_of_channels(function, channels):
+    call, own = calls(function)
+    before = [a.tobytes() for a in own]
+    with pytest.raises(ValueError, match=rf"\b3\b.*\b{channels}\b|\b{channels}\b.*\b3\b"):
+        call(tensor(shape=(4, channels, 5)))
+    assert [a.tobytes() for a in own] == before
+
+
+def test_x_of_another_dtype_than_the_frozen():
+    call, _ = calls("frozen")
+    with pytest.raises(TypeError, match=r"x .*float32.*float64"):
+        call(tensor(dtype=np.float64))
+
+
+@pytest.mark.parametrize("bad", [tensor(shape=(4, 3, 6)), tensor(dtype=np.float64)], ids=["shape", "dtype"])
+def test_backward_of_another_x(bad):
+    """The saved state belongs to one shape and dtype."""
+    with pytest.raises((TypeError, ValueError), match=r"\bx\b"):
+        fastbn.batch_norm_backward(np.ones_like(bad), bad, a_saved())
+
+
+@pytest.mark.parametrize(("mean", "var"), [(None, vector()), (vector(), None), (None, None)])
+def test_inference_needs_both_statistics(mean, var):
+    """PyTorch: both must be defined."""
+    with pytest.raises((TypeError, ValueError), match=r"running_mean|running_var"):
+        fastbn.batch_norm(tensor(), mean, var, training=False)
+
+
+@pytest.mark.parametrize("function", ["fold_conv", "fold_linear"])
+@pytest.mark.parametrize(
+    ("weight", "bias", "bn", "named"),
+    [
+        (lambda: tensor(shape=(4, 2)), lambda: None, lambda: fastbn.BatchNorm(3), "weight"),
+        (lambda: tensor(shape=(3, 2)), lambda: vector(length=4), lambda: fastbn.BatchNorm(3), "bias"),
+        (lambda: tensor(shape=(3, 2)), lambda: vector().reshape(1, 3), lambda: fastbn.BatchNorm(3), "bias"),
+        (lambda: tensor(shape=(3, 2), dtype=np.int32), lambda: None, lambda: fastbn.BatchNorm(3), "weight"),
+        (lambda: None, lambda: None, lambda: fastbn.BatchNorm(3), "weight"),
+        (lambda: np.float32(1), lambda: None, lambda: fastbn.BatchNorm(3), "weight"),
+        (lambda: tensor(shape=(3, 2)), lambda: None, lambda: None, "bn"),
+        (lambda: tensor(shape=(3, 2)), lambda: None, lambda: fastbn.BatchNorm(3, track_running_stats=False), "bn"),
+    ],
+)
+def test_folding(function, weight, bias, bn, named):
+    given_weight, given_bias, layer = weight(), bias(), bn()
+    if function == "fold_conv" and isinstance(given_weight, np.ndarray):
+        given_weight = given_weight[..., None, None]
+    with pytest.raises((TypeError, ValueError), match=named):
+        getattr(fastbn, function)(given_weight, given_bias, layer)
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5, "2", None, 1 << 40], ids=str)
+@pytest.mark.parametrize("call", [lambda n: fastbn.set_num_threads(n), lambda n: fastbn.num_threads(n).__enter__()])
+def test_number_of_threads(call, n):
+    before = fastbn.get_num_threads()
+    with pytest.raises((TypeError, ValueError, OverflowError)):
+        call(n)
+    assert fastbn.get_num_threads() == before
+
+
+@pytest.mark.parametrize("name", ["sse", "", "AVX2 ", None, 3], ids=str)
+def test_unknown_isa(name):
+    before = fastbn._native.isa()
+    with pytest.raises((TypeError, ValueError)):
+        fastbn._native.use_isa(name)
+    assert fastbn._native.isa() == before
+
+
+def test_foreign_tensor_of_a_foreign_dtype():
+    """DLPack may bring what NumPy can hold and batch norm cannot take."""
+    from arrays import Foreign
+
+    with pytest.raises(TypeError, match="int32"):
+        fastbn.moments(Foreign(tensor(dtype=np.int32)))
+
+
+class Broken:
+    """Claims to speak DLPack."""
+
+    def __dlpack__(self, **keywords):
+        raise RuntimeError("no")
+
+    def __dlpack_device__(self):
+        return (1, 0)
+
+
+class OnAGpu(Broken):
+    def __dlpack_device__(self):
+        return (2, 0)
+
+
+@pytest.mark.parametrize("kind", [Broken, OnAGpu])
+@pytest.mark.parametrize("parameter", ["x", "residual"])
+def test_foreign_tensor_that_cannot_be_viewed(kind, parameter):
+    arguments = good_arguments("normalize")
+    arguments[parameter] = kind()
+    with pytest.raises((TypeError, ValueError), match=parameter):
+        fastbn.normalize(**arguments)
