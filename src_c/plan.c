@@ -64,7 +64,7 @@ static int64_t fbn_choose_slab(const fbn_geometry *g, const fbn_call *call, cons
     }
     int64_t slab = m->l2 / 2 / channel_bytes / grain * grain;
     if (g->family == FBN_COLS) {
-        return slab == 0 ? 0 : fbn_clamp(slab, grain, most);
+        return 0;
     }
     /* A channel dealt to one thread whole: uneven shares cost more than a second sweep where channels are few. */
     int64_t share = fbn_ceil_div(g->channels, team);

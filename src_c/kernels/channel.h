@@ -110,10 +110,10 @@ static inline double fbn_pivot(double x)
 
 /* The blocks of a channel in the rows family: whole planes together where a plane is short, even pieces of a plane
  * where it is long. They follow from the geometry alone: never from threads, caches or the ISA. */
-enum { FBN_BLOCK = 4096, FBN_BLOCK_ROWS = 512, FBN_STRIP_ROWS = 256, FBN_STRIPS = 128, FBN_TASKS = 1024 };
+enum { FBN_BLOCK = 4096, FBN_BLOCK_ROWS = 1024, FBN_STRIP_ROWS = 256, FBN_STRIPS = 128, FBN_TASKS = 1024 };
 
 /* Planes so short that channels are summed side by side. Shorter than the minimum, a group would have too many. */
-enum { FBN_PLANE_MIN = 4, FBN_PLANE_MAX = 120 };
+enum { FBN_PLANE_MIN = 4, FBN_PLANE_MAX = 96 };
 
 typedef struct {
     int64_t planes;    /* planes in a block, where pieces is 1 */
