@@ -113,7 +113,7 @@ static inline double fbn_pivot(double x)
 enum { FBN_BLOCK = 4096, FBN_BLOCK_ROWS = 1024, FBN_STRIP_ROWS = 256, FBN_STRIPS = 128, FBN_TASKS = 1024 };
 
 /* Planes so short that channels are summed side by side. Shorter than the minimum, a group would have too many. */
-enum { FBN_PLANE_MIN = 4, FBN_PLANE_MAX = 96 };
+enum { FBN_PLANE_MIN = 4, FBN_PLANE_MAX = 80 };
 
 typedef struct {
     int64_t planes;    /* planes in a block, where pieces is 1 */
