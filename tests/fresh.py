@@ -34,11 +34,11 @@ import contextlib, json, os, resource, sys, threading, time
 """
 
 
-def run(code, timeout=300, **env):
+def run(code, *, warnings="error", timeout=300, **env):
     """Run `code`, which may use `comms` and must `report`, in an environment without settings of ours or OpenMP's."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("FASTBN_", "OMP_", "GOMP_", "KMP_"))}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PRELUDE + code],
+        [sys.executable, "-W", warnings, "-c", PRELUDE + code],
         env=clean | {"OPENBLAS_NUM_THREADS": "1"} | env,
         timeout=timeout,
         capture_output=True,

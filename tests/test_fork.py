@@ -1,0 +1,117 @@
+"""test_fork.py -- row 1 of docs/reliability.md: a child forked at any moment computes the same bytes, on a new team."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+
+import numpy as np
+import pytest
+from fresh import comms
+
+import fastbn
+from fastbn import _native
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+    # Python 3.12 and later warn of any fork with threads about.
+    pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
+]
+
+FORKS = 20
+THREADS = 4
+
+
+@pytest.fixture
+def work():
+    """A function that calls in parallel and says whether all is well."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((8, 64, 28, 28), dtype=np.float32)
+    frozen = fastbn.FrozenBatchNorm.from_arrays(rng.standard_normal(64), rng.random(64) + 0.5)
+    with fastbn.num_threads(1):
+        expected = frozen(x).tobytes()
+    runtime = _native.parallel_runtime()
+
+    def compute():
+        before = _native.parallel_counters()["parallel"]
+        out = np.zeros_like(x)
+        same = frozen(x, out=out).tobytes() == expected
+        return same and (runtime == "serial" or _native.parallel_counters()["parallel"] > before)
+
+    with fastbn.num_threads(THREADS):
+        yield compute
+
+
+def child(work):
+    """In the child: compute twice, in at most 3 s, and tell by the exit status."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(3)
+    well = work() and work()
+    if _native.parallel_runtime() == "pthreads" and sys.platform == "linux":
+        well = well and comms().count("fastbn") == THREADS - 1
+    os._exit(0 if well else 1)
+
+
+def fork_and_wait(work):
+    pid = os.fork()
+    if pid == 0:
+        child(work)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_fork_after_a_parallel_call(work):
+    """Row 1, 20 forks. Red without the fork handler and the check of the process number below it: the child believes in
+    workers that it does not have. With FBN_OPENMP_TEAM it hangs.
+    """
+    for _ in range(FORKS):
+        assert work()
+        assert fork_and_wait(work) == 0
+
+
+def test_fork_in_another_thread(work):
+    """Row 1, 20 forks. Red as above."""
+    codes = []
+    for _ in range(FORKS):
+        assert work()
+        thread = threading.Thread(target=lambda: codes.append(fork_and_wait(work)))
+        thread.start()
+        thread.join()
+    assert codes == [0] * FORKS
+
+
+def test_multiprocessing(work):
+    """Row 1, 20 processes. Red as above."""
+    context = multiprocessing.get_context("fork")
+    assert work()
+    for _ in range(FORKS):
+        process = context.Process(target=child, args=(work,))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+
+
+def test_fork_while_another_thread_is_inside_a_call(work):
+    """Row 1, 20 forks. Red with a handler that does not free the team: the child never has one again."""
+    stop = threading.Event()
+    failures = []
+
+    def call():
+        while not stop.is_set():
+            # Each of the two finds the team taken by the other now and then.
+            try:
+                work()
+            except Exception as error:
+                failures.append(error)
+
+    callers = [threading.Thread(target=call) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    try:
+        codes = [fork_and_wait(work) for _ in range(FORKS)]
+    finally:
+        stop.set()
+        for caller in callers:
+            caller.join()
+    assert codes == [0] * FORKS
+    assert not failures

@@ -1,0 +1,28 @@
+"""test_idle.py -- row 6 of docs/reliability.md: after a call has returned, its threads sleep."""
+
+from fresh import needs_proc, run
+
+
+@needs_proc
+def test_idle():
+    """Row 6, 20 gaps of 100 ms. Red with workers that never give up spinning, and, where there are processors for all,
+    with FBN_OPENMP_TEAM.
+    """
+    got = run(
+        """
+import numpy as np
+import fastbn
+x = np.ones((8, 64, 28, 28), np.float32)
+frozen = fastbn.FrozenBatchNorm.from_arrays(np.zeros(64), np.ones(64))
+burnt = []
+for _ in range(20):
+    frozen(x, out=x)
+    before = time.process_time()
+    time.sleep(0.1)
+    burnt.append(time.process_time() - before)
+report(burnt=burnt, team=comms().count("fastbn") + 1, parallel=fastbn._native.parallel_counters()["parallel"])
+""",
+        FASTBN_NUM_THREADS="4",
+    )
+    assert max(got["burnt"]) <= 0.005
+    assert (got["team"], got["parallel"]) in ((4, 20), (1, 0), (1, 20)), "1 where the team is not our own pool"
