@@ -246,10 +246,6 @@ static void fbn_run_team(int team, fbn_task task, void *context)
     /* The net below the fork handler: a clone that did not run it must not wait for workers that it does not have. */
     if (fbn_pool.process != getpid()) fbn_forget_workers();
     if (fbn_pool.workers < team - 1) fbn_start_workers(team - 1);
-    if (fbn_pool.workers < team - 1) { /* there are no more threads to be had */
-        task(0, 1, context);
-        return;
-    }
     fbn_parallel_runs++;
     fbn_pool.task = task;
     fbn_pool.context = context;

@@ -11,9 +11,9 @@ typedef void (*fbn_task)(int tid, int team, void *context);
 
 enum { FBN_MAX_THREADS = 1024 };
 
-/* Calls task on a team of `threads`, or of 1: when the caller is already inside a parallel region, when another caller
- * holds the team, or when no more threads are to be had. An OpenMP limit on the calling thread (threadpoolctl) cuts the
- * team to the limit. Returns when every member has finished; members see the caller's floating-point environment. */
+/* Calls task on a team of `threads`, or of 1: when the caller is already inside a parallel region, or another caller
+ * holds the team. An OpenMP limit on the calling thread (threadpoolctl) cuts the team to the limit. Returns when every
+ * member has finished; members see the caller's floating-point environment. */
 void fbn_parallel(int threads, fbn_task task, void *context);
 
 /* Once, at import: fork handlers. */
