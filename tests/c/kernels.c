@@ -1,0 +1,637 @@
+/* kernels.c -- every kernel of the registry, in every tier, against the scalar tier: the same bytes, and none elsewhere.
+ *
+ * A case is one call drawn at random: shape, strides, placement, options, numbers. Each of its buffers lies between two
+ * unreadable pages; inputs are read-only while a kernel runs; the surroundings of outputs must stay as they were. The
+ * result of the scalar tier is the reference. (That the scalar tier computes batch normalization is for the tests in
+ * Python to say.)
+ *
+ * Usage: kernels [seed [thoroughness]]
+ */
+#include "check.h"
+#include "dispatch.h"
+#include "lanes.h"
+#include "simd/half.h"
+
+#include <float.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- numbers ---- */
+
+enum { BITS = FBN_DTYPE_COUNT }; /* gates: beside the dtypes, the fifth type that memory may hold */
+
+static size_t size_of(int type) { return type == FBN_F64 ? 8 : type == FBN_F32 ? 4 : 2; }
+
+/* What a buffer is filled with. PAYLOADS has NaNs of every kind: which of two different NaNs an operation returns is
+ * the compiler's choice, so there NaNs are only compared as such. Everywhere else the only NaN is the one that the CPU
+ * makes itself, and bytes are compared. */
+typedef enum { PLAIN, FAR, CONSTANT, HUGE_NUMBERS, TINY, SPECIAL, RAW, PAYLOADS, NUMBERS } numbers;
+
+static const char *const number_names[] = {"plain",   "far from zero", "constant", "huge",
+                                           "tiny",    "special",       "raw bits", "raw bits with NaN payloads"};
+
+static double cpu_nan(void)
+{
+    volatile double infinity = INFINITY;
+    return infinity - infinity;
+}
+
+static void put(int type, void *p, double v)
+{
+    float f = (float)v;
+    uint16_t h = type == FBN_F16 ? half_to_f16(f) : half_to_bf16(f);
+    memcpy(p, type == FBN_F64 ? (void *)&v : type == FBN_F32 ? (void *)&f : (void *)&h, size_of(type));
+}
+
+static bool is_nan(int type, const void *p)
+{
+    double v = 0.0;
+    float f = 0.0f;
+    uint16_t h = 0;
+    memcpy(type == FBN_F64 ? (void *)&v : type == FBN_F32 ? (void *)&f : (void *)&h, p, size_of(type));
+    return isnan(v) || isnan(f) || (type == FBN_F16 && (h & 0x7fff) > 0x7c00) || (type == FBN_BF16 && (h & 0x7fff) > 0x7f80);
+}
+
+static double largest(int type) { return type == FBN_F64 ? DBL_MAX : type == FBN_F16 ? 65504.0 : 3.38e38; }
+static double smallest(int type) { return type == FBN_F64 ? DBL_MIN : type == FBN_F16 ? 0x1p-14 : (double)FLT_MIN; }
+
+static void draw(int type, void *p, numbers kind, rng *r)
+{
+    double v = rng_unit(r) * 3.0;
+    uint64_t raw = rng_next(r);
+    switch (kind) {
+    case FAR: v += 1e4; break;
+    case CONSTANT: v = 3.25; break;
+    case HUGE_NUMBERS: v = rng_unit(r) * largest(type); break;
+    case TINY: v = rng_unit(r) * smallest(type); break;
+    case SPECIAL:
+        switch (rng_below(r, 40)) {
+        case 0: v = cpu_nan(); break;
+        case 1: v = INFINITY; break;
+        case 2: v = -INFINITY; break;
+        case 3: v = largest(type); break;
+        case 4: v = smallest(type) / 4.0; break;
+        case 5: v = -0.0; break;
+        case 6: v = 0.0; break;
+        case 7: v = 6.0; break;
+        }
+        break;
+    case RAW:
+    case PAYLOADS:
+        memcpy(p, &raw, size_of(type));
+        if (kind == RAW && type != BITS && is_nan(type, p)) {
+            put(type, p, cpu_nan());
+        }
+        return;
+    default: break;
+    }
+    if (type == BITS) {
+        memcpy(p, &raw, sizeof(uint16_t));
+    } else {
+        put(type, p, v);
+    }
+}
+
+/* ---- buffers ---- */
+
+/* Rows of numbers somewhere in an arena. */
+typedef struct {
+    const arena *home;
+    int type;
+    int64_t rows, width, stride;
+    char *low, *high; /* the bytes from the first row to the last, whichever way the stride goes */
+    char *data;       /* row 0 */
+} matrix;
+
+static matrix matrix_make(const arena *home, int type, int64_t rows, int64_t width, int64_t stride, place where, rng *r)
+{
+    matrix m = {.home = home, .type = type, .rows = rows, .width = width, .stride = stride};
+    int64_t reach = rows > 1 && width > 0 ? (rows - 1) * llabs(stride) : 0;
+    size_t bytes = rows > 0 ? (size_t)(reach + width) * size_of(type) : 0;
+    m.low = arena_place(home, bytes, size_of(type), where, r);
+    m.high = m.low + bytes;
+    m.data = stride < 0 ? m.low + (size_t)reach * size_of(type) : m.low;
+    return m;
+}
+
+static char *matrix_row(const matrix *m, int64_t row) { return m->data + row * m->stride * (int64_t)size_of(m->type); }
+
+static void matrix_fill(const matrix *m, numbers kind, rng *r)
+{
+    for (char *p = m->low; p < m->high; p += size_of(m->type)) {
+        draw(m->type, p, kind, r);
+    }
+}
+
+/* A matrix that kernels write, with its surroundings. */
+typedef struct {
+    matrix m;
+    char *begin, *end;               /* what is watched */
+    char *before, *reference, *work; /* copies of it */
+} output;
+
+enum { MARGIN = 512, CANARY = 0xa5, OUTPUTS = 5, ARENA_BYTES = 4 << 20 };
+
+static void output_watch(output *o, matrix m, bool has_content)
+{
+    o->m = m;
+    o->begin = m.low - m.home->begin < MARGIN ? m.home->begin : m.low - MARGIN;
+    o->end = m.home->end - m.high < MARGIN ? m.home->end : m.high + MARGIN;
+    if (has_content) {
+        memset(o->begin, CANARY, (size_t)(m.low - o->begin));
+        memset(m.high, CANARY, (size_t)(o->end - m.high));
+    } else {
+        memset(o->begin, CANARY, (size_t)(o->end - o->begin));
+    }
+    memcpy(o->before, o->begin, (size_t)(o->end - o->begin));
+}
+
+static void output_reset(const output *o) { memcpy(o->begin, o->before, (size_t)(o->end - o->begin)); }
+
+/* Whether all bytes that belong to no row are as they were. */
+static bool output_surroundings_kept(const output *o)
+{
+    size_t bytes = (size_t)(o->end - o->begin);
+    memcpy(o->work, o->begin, bytes);
+    for (int64_t row = 0; row < o->m.rows; row++) {
+        ptrdiff_t at = matrix_row(&o->m, row) - o->begin;
+        memcpy(o->work + at, o->before + at, (size_t)o->m.width * size_of(o->m.type));
+    }
+    return memcmp(o->work, o->before, bytes) == 0;
+}
+
+static void make_nans_alike(const output *o, char *copy)
+{
+    for (char *p = copy + (o->m.low - o->begin); o->m.type != BITS && p < copy + (o->m.high - o->begin);
+         p += size_of(o->m.type)) {
+        if (is_nan(o->m.type, p)) {
+            put(o->m.type, p, NAN);
+        }
+    }
+}
+
+/* The element that differs from the reference; -1 where none does. */
+static int64_t output_difference(const output *o, bool nans_alike)
+{
+    size_t bytes = (size_t)(o->end - o->begin);
+    memcpy(o->work, o->begin, bytes);
+    if (nans_alike) {
+        make_nans_alike(o, o->work);
+    }
+    if (memcmp(o->work, o->reference, bytes) == 0) {
+        return -1;
+    }
+    size_t at = 0;
+    while (o->work[at] == o->reference[at]) {
+        at++;
+    }
+    return (int64_t)at / (int64_t)size_of(o->m.type);
+}
+
+/* ---- calls ---- */
+
+typedef enum { MOMENTS, SUMS, APPLIES, COPIES, NOTHING } shape;
+
+typedef struct operation operation;
+
+/* Everything that a kernel may want. */
+typedef struct {
+    const operation *op;
+    fbn_dtype dtype;
+    numbers kind;
+    place where;
+    fbn_span span;
+    fbn_coef coef;
+    fbn_gate_rule rule;
+    int64_t outer, first, last; /* of the rows family's blocks */
+    fbn_blocks blocks;
+    int64_t channels, inner; /* where columns are the elements of planes; else inner is 0 */
+    const double *mean;
+    double *stats[3];
+    int in_place;
+    matrix x, other, gate, coefs[7], means;
+    output outputs[OUTPUTS];
+    int output_count;
+} call;
+
+struct operation {
+    const char *name;
+    void (*run)(const fbn_kernels *k, const call *c);
+    bool rows; /* the family */
+    shape shape;
+    bool backward;
+    enum { NO_PLANES, MAYBE_PLANES, PLANES } planes; /* whether columns may be the elements of planes */
+};
+
+/* One line an operation: how it is called, and what it is. A line of the registry that has none here does not compile. */
+#define RUN(op, ...)                                                                                                   \
+    static void run_##op(const fbn_kernels *k, const call *c)                                                          \
+    {                                                                                                                  \
+        (void)c;                                                                                                       \
+        k->op(__VA_ARGS__);                                                                                            \
+    }
+RUN(moments_rows, c->span.x, c->span.x_stride, c->outer, c->span.width, &c->blocks, c->first, c->last, c->span.ahead,
+    (fbn_moment *)(void *)c->stats[0])
+RUN(moments_cols, c->span.x, c->span.x_stride, c->span.rows, c->span.width, c->stats[0], c->stats[1], c->stats[2])
+RUN(moments_planes, c->span.x, c->span.x_stride, c->span.rows, c->channels, c->inner, c->stats[0], c->stats[1], c->stats[2])
+RUN(normalize_rows, &c->span, &c->coef, c->rule)
+RUN(normalize_cols, &c->span, &c->coef, c->rule)
+RUN(backward_reduce_rows, &c->span, &c->coef, c->rule, c->outer, &c->blocks, c->first, c->last, c->mean, c->stats[0],
+    c->stats[1])
+RUN(backward_reduce_cols, &c->span, &c->coef, c->rule, c->inner, c->mean, c->stats[0], c->stats[1])
+RUN(backward_apply_rows, &c->span, &c->coef, c->rule)
+RUN(backward_apply_cols, &c->span, &c->coef, c->rule)
+RUN(copy, c->span.x, c->span.y, c->span.width *(int64_t)size_of(c->dtype))
+RUN(fence)
+
+#define IS_moments_rows true, MOMENTS, false, NO_PLANES
+#define IS_moments_cols false, MOMENTS, false, NO_PLANES
+#define IS_moments_planes false, MOMENTS, false, PLANES
+#define IS_normalize_rows true, APPLIES, false, NO_PLANES
+#define IS_normalize_cols false, APPLIES, false, NO_PLANES
+#define IS_backward_reduce_rows true, SUMS, true, NO_PLANES
+#define IS_backward_reduce_cols false, SUMS, true, MAYBE_PLANES
+#define IS_backward_apply_rows true, APPLIES, true, NO_PLANES
+#define IS_backward_apply_cols false, APPLIES, true, NO_PLANES
+#define IS_copy true, COPIES, false, NO_PLANES
+#define IS_fence true, NOTHING, false, NO_PLANES
+
+#define OPERATION(op, args) {#op, run_##op, IS_##op},
+static const operation operations[] = {FBN_OPS(OPERATION)};
+enum { OPERATION_COUNT = sizeof operations / sizeof *operations };
+
+#define DTYPE_NAME(name, index) [index] = #name,
+static const char *const dtype_names[] = {FBN_DTYPES_EACH(DTYPE_NAME)};
+static const char *const activation_names[] = {"identity", "relu", "relu6", "leaky_relu"};
+
+/* Arenas: each buffer of a call has one of its own. */
+typedef struct {
+    arena x, other, gate, coefs[7], means, y, extra, stats[3];
+} memory;
+
+static memory the_memory;
+
+static void output_add(call *c, matrix m, bool has_content) { output_watch(&c->outputs[c->output_count++], m, has_content); }
+
+static int64_t draw_stride(int64_t width, bool may_repeat, rng *r)
+{
+    int64_t stride = width + (rng_one_in(r, 2) ? 0 : rng_below(r, 20));
+    return may_repeat && rng_one_in(r, 10) ? 0 : rng_one_in(r, 6) ? -stride : stride;
+}
+
+/* How many rows, or planes: few; now and then enough for several blocks. */
+static int64_t draw_rows(const operation *op, int64_t width, rng *r)
+{
+    if (op->rows && (op->shape == APPLIES || op->shape == COPIES)) {
+        return 1;
+    }
+    if (!rng_one_in(r, 12) || width > 200) {
+        return rng_between(r, op->rows || op->planes == PLANES ? 1 : 0, width > 1000 ? 3 : 12);
+    }
+    return rng_between(r, 1, op->rows ? 2 + 2 * FBN_BLOCK / (width + 1) : 2 * FBN_BLOCK_ROWS + 9);
+}
+
+static void draw_coefs(call *c, rng *r)
+{
+    int type = c->dtype == FBN_F64 ? FBN_F64 : FBN_F32;
+    int64_t width = c->op->rows ? 1 : c->span.width + FBN_COEF_PAD;
+    const void **targets[] = {&c->coef.unit,  &c->coef.neg_mean, &c->coef.scale, &c->coef.shift,
+                              &c->coef.slope, &c->coef.gain,     &c->coef.offset};
+    numbers kind = c->kind == SPECIAL || c->kind == HUGE_NUMBERS || c->kind == TINY ? c->kind : PLAIN;
+    for (int i = 0; i < 7; i++) {
+        matrix *m = &c->coefs[i];
+        *m = matrix_make(&the_memory.coefs[i], type, 1, width, width, c->where, r);
+        if (i == 0) {
+            for (int64_t k = 0; k < width; k++) {
+                put(type, m->low + (size_t)k * size_of(type), rng_one_in(r, 2) ? 1.0 : 0x1p-100);
+            }
+        } else {
+            matrix_fill(m, rng_one_in(r, 2) ? PLAIN : kind, r);
+        }
+        *targets[i] = m->data;
+    }
+    if (rng_one_in(r, 2)) {
+        c->coef.unit = NULL;
+    }
+}
+
+static void draw_gate(call *c, int64_t rows, rng *r)
+{
+    int64_t words = fbn_ceil_div(c->span.width, 16);
+    c->gate = matrix_make(&the_memory.gate, BITS, rows, words, words + rng_below(r, 3), c->where, r);
+    c->span.gate = (uint16_t *)(void *)c->gate.data;
+    c->span.gate_stride = c->gate.stride;
+    if (c->op->backward) {
+        matrix_fill(&c->gate, RAW, r);
+    } else {
+        output_add(c, c->gate, false);
+    }
+}
+
+static void draw_apply_outputs(call *c, int64_t rows, rng *r)
+{
+    bool whole = rows <= 1 || c->x.stride != 0;
+    c->in_place = rng_one_in(r, 2) ? 0 : (int)rng_below(r, 4);
+    bool over_x = c->in_place % 2 == 1 && whole;
+    bool over_other = c->in_place / 2 == 1 && c->span.other != NULL && (rows <= 1 || c->other.stride != 0);
+    matrix y = c->x;
+    if (over_x) {
+        output_add(c, c->x, true);
+    } else if (over_other && !c->op->backward) {
+        y = c->other;
+        output_add(c, c->other, true);
+    } else {
+        y = matrix_make(&the_memory.y, (int)c->dtype, rows, c->span.width, draw_stride(c->span.width, false, r), c->where, r);
+        output_add(c, y, false);
+    }
+    c->span.y = y.data;
+    c->span.y_stride = y.stride;
+    if (!c->op->backward || rng_one_in(r, 2)) {
+        c->in_place = over_x ? 1 : over_other && !c->op->backward ? 2 : 0;
+        return;
+    }
+    matrix extra = c->other;
+    if (over_other) {
+        output_add(c, c->other, true);
+    } else {
+        extra = matrix_make(&the_memory.extra, (int)c->dtype, rows, c->span.width, draw_stride(c->span.width, false, r),
+                            c->where, r);
+        output_add(c, extra, false);
+    }
+    c->in_place = over_x + 2 * over_other;
+    c->span.extra = extra.data;
+    c->span.extra_stride = extra.stride;
+}
+
+static void draw_copy(call *c, int64_t width, rng *r)
+{
+    enum { LINE = 64 };
+    int64_t lines = width; /* the width counts lines here: bytes are a multiple of 64 */
+    place where = c->where == INSIDE ? AT_BEGIN : c->where;
+    c->span.width = lines * LINE / (int64_t)size_of((int)c->dtype);
+    c->x = matrix_make(&the_memory.x, (int)c->dtype, 1, c->span.width, c->span.width, where, r);
+    c->kind = RAW; /* bytes, whatever numbers they are: */
+    matrix_fill(&c->x, PAYLOADS, r);
+    matrix y = matrix_make(&the_memory.y, (int)c->dtype, 1, c->span.width, c->span.width, where, r);
+    c->span.x = c->x.data;
+    c->span.y = y.data;
+    output_add(c, y, false);
+}
+
+static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t width, place where, rng *r)
+{
+    int type = (int)dtype;
+    c->op = op;
+    c->dtype = dtype;
+    c->where = where;
+    c->kind = (numbers)rng_below(r, NUMBERS);
+    c->output_count = 0;
+    c->in_place = 0;
+    c->span = (fbn_span){0};
+    c->blocks = (fbn_blocks){0};
+    c->outer = c->first = c->last = c->inner = 0;
+    c->rule = (fbn_gate_rule){(int)rng_below(r, FBN_ACTIVATION_COUNT), 6.0, rng_one_in(r, 4) ? rng_unit(r) : 0.01};
+    if (op->shape == NOTHING) {
+        return;
+    }
+    if (op->shape == COPIES) {
+        draw_copy(c, width, r);
+        return;
+    }
+    bool blocks = op->rows && op->shape != APPLIES;
+    width = blocks && width == 0 ? 1 : width; /* an empty channel has no blocks */
+    c->channels = op->rows ? 1 : width;
+    if (op->planes == PLANES || (op->planes == MAYBE_PLANES && rng_one_in(r, 2))) {
+        c->inner = FBN_PLANE_MIN + width % (FBN_PLANE_MAX - FBN_PLANE_MIN + 1);
+        c->channels = rng_between(r, 1, rng_one_in(r, 4) ? 100 : 6);
+        width = c->inner * c->channels;
+    }
+    int64_t rows = draw_rows(op, width, r);
+    c->x = matrix_make(&the_memory.x, type, rows, width, draw_stride(width, true, r), where, r);
+    matrix_fill(&c->x, c->kind, r);
+    c->span = (fbn_span){
+        .x = c->x.data,
+        .x_stride = c->x.stride,
+        .rows = rows,
+        .width = width,
+        .ahead = rng_one_in(r, 2) ? 0 : rng_between(r, -100000, 100000),
+        .stream = op->shape == APPLIES && rng_one_in(r, 2),
+    };
+    if (blocks) {
+        c->outer = rows;
+        c->blocks = fbn_blocks_rows(rows, rng_between(r, 1, 100), width);
+        c->first = rng_one_in(r, 2) ? 0 : rng_below(r, c->blocks.count);
+        c->last = rng_one_in(r, 2) ? c->blocks.count : rng_between(r, c->first, c->blocks.count);
+    }
+    if (op->backward || (op->shape == APPLIES && rng_one_in(r, 2))) {
+        c->other = matrix_make(&the_memory.other, type, rows, width, draw_stride(width, true, r), where, r);
+        matrix_fill(&c->other, rng_one_in(r, 2) ? PLAIN : c->kind, r);
+        c->span.other = c->other.data;
+        c->span.other_stride = c->other.stride;
+    }
+    if (op->shape != MOMENTS) {
+        draw_coefs(c, r);
+        if (c->inner == 0 && rng_one_in(r, 2)) {
+            draw_gate(c, rows, r);
+        }
+    }
+    if (op->shape == APPLIES) {
+        draw_apply_outputs(c, rows, r);
+        return;
+    }
+    if (op->shape == SUMS) {
+        c->means = matrix_make(&the_memory.means, FBN_F64, 1, c->channels, 0, where, r);
+        matrix_fill(&c->means, rng_one_in(r, 4) ? SPECIAL : PLAIN, r);
+        c->mean = (const double *)(const void *)c->means.data;
+    }
+    /* A channel's moments are one struct of four doubles in the rows family; else they are arrays. */
+    bool is_struct = op->rows && op->shape == MOMENTS;
+    int arrays = is_struct ? 1 : op->shape == MOMENTS ? 3 : 2;
+    for (int i = 0; i < arrays; i++) {
+        matrix m = matrix_make(&the_memory.stats[i], FBN_F64, 1, is_struct ? 4 : c->channels, 0, where, r);
+        c->stats[i] = (double *)(void *)m.data;
+        output_add(c, m, false);
+    }
+}
+
+static void describe(const call *c, char *text, size_t size)
+{
+    static const char *const places[] = {"begin", "end", "inside"};
+    static const char *const aliases[] = {"", ", over x", ", over other", ", over both"};
+    const fbn_span *s = &c->span;
+    snprintf(text, size,
+             "%s %s, %lld x %lld, planes of %lld, strides %lld %lld %lld %lld, at %s, %s, %s%s%s%s%s%s, blocks %lld to %lld of %lld",
+             c->op->name, dtype_names[c->dtype], (long long)s->rows, (long long)s->width, (long long)c->inner,
+             (long long)s->x_stride, (long long)s->other_stride, (long long)s->y_stride, (long long)s->extra_stride, places[c->where],
+             number_names[c->kind], activation_names[c->rule.kind], s->gate == NULL ? "" : ", gate",
+             s->other == NULL ? "" : ", other", s->extra == NULL ? "" : ", extra", s->stream ? ", streaming" : "",
+             aliases[c->in_place], (long long)c->first, (long long)c->last, (long long)c->blocks.count);
+}
+
+/* ---- the comparison ---- */
+
+enum { TIERS = 4 };
+static const tier *tiers[TIERS]; /* the scalar one first */
+static int tier_count;
+
+static void seal_inputs(const call *c, bool sealed)
+{
+    const arena *inputs[] = {&the_memory.x, &the_memory.other, &the_memory.gate, &the_memory.means};
+    for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++) {
+        bool written = false;
+        for (int o = 0; o < c->output_count; o++) {
+            written = written || c->outputs[o].m.home == inputs[i];
+        }
+        if (!written) {
+            arena_seal(inputs[i], sealed);
+        }
+    }
+    for (int i = 0; i < 7; i++) {
+        arena_seal(&the_memory.coefs[i], sealed);
+    }
+}
+
+static bool run(const call *c, const tier *t)
+{
+    for (int i = 0; i < c->output_count; i++) {
+        output_reset(&c->outputs[i]);
+    }
+    seal_inputs(c, true);
+    bool ok = CHECK_RUNS(c->op->run(&t->kernels->of[c->dtype], c));
+    seal_inputs(c, false);
+    return ok;
+}
+
+static void check_call(call *c)
+{
+    char text[512];
+    describe(c, text, sizeof text);
+    if (!check(run(c, tiers[0]), "%s: scalar touches memory out of bounds", text)) {
+        return;
+    }
+    for (int i = 0; i < c->output_count; i++) {
+        output *o = &c->outputs[i];
+        check(output_surroundings_kept(o), "%s: scalar writes outside output %d", text, i);
+        memcpy(o->reference, o->begin, (size_t)(o->end - o->begin));
+        if (c->kind == PAYLOADS) {
+            make_nans_alike(o, o->reference);
+        }
+    }
+    if (c->op->shape == COPIES) {
+        check(memcmp(c->span.x, c->span.y, (size_t)c->span.width * size_of((int)c->dtype)) == 0, "%s: scalar copies wrongly", text);
+    }
+    for (int t = 1; t < tier_count; t++) {
+        const char *name = tiers[t]->kernels->name;
+        if (!check(run(c, tiers[t]), "%s: %s touches memory out of bounds", text, name)) {
+            continue;
+        }
+        for (int i = 0; i < c->output_count; i++) {
+            const output *o = &c->outputs[i];
+            int64_t at = output_difference(o, c->kind == PAYLOADS);
+            check(at < 0, "%s: %s differs in output %d, element %lld of those watched, which begin %lld before row 0", text,
+                  name, i, (long long)at, (long long)((o->m.data - o->begin) / (ptrdiff_t)size_of(o->m.type)));
+        }
+    }
+}
+
+static int64_t draw_width(rng *r)
+{
+    if (rng_one_in(r, 2)) {
+        return rng_between(r, 0, 600);
+    }
+    int64_t power = (int64_t)1 << rng_between(r, 4, 13);
+    return rng_between(r, 1, 3) * power + rng_between(r, -1, 1);
+}
+
+static void check_kernels(uint64_t seed, int thoroughness)
+{
+    enum { TAILS = 130 };
+    static call c;
+    rng r = {seed};
+    for (int i = 0; i < OUTPUTS; i++) {
+        c.outputs[i].before = malloc(ARENA_BYTES);
+        c.outputs[i].reference = malloc(ARENA_BYTES);
+        c.outputs[i].work = malloc(ARENA_BYTES);
+    }
+    for (int op = 0; op < OPERATION_COUNT; op++) {
+        for (int dtype = 0; dtype < FBN_DTYPE_COUNT; dtype++) {
+            for (int64_t width = 0; width < TAILS; width++) {
+                for (int where = 0; where < PLACES; where++) {
+                    for (int draws = 0; draws < thoroughness; draws++) {
+                        draw_call(&c, &operations[op], (fbn_dtype)dtype, width, (place)where, &r);
+                        check_call(&c);
+                    }
+                }
+            }
+            for (int i = 0; i < thoroughness * TAILS; i++) {
+                draw_call(&c, &operations[op], (fbn_dtype)dtype, draw_width(&r), (place)rng_below(&r, PLACES), &r);
+                check_call(&c);
+            }
+        }
+    }
+}
+
+static void make_memory(void)
+{
+    memory *m = &the_memory;
+    arena *all[] = {&m->x, &m->other, &m->gate, &m->means, &m->y, &m->extra, &m->stats[0], &m->stats[1], &m->stats[2]};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        *all[i] = arena_make(ARENA_BYTES);
+    }
+    for (int i = 0; i < 7; i++) {
+        m->coefs[i] = arena_make(ARENA_BYTES / 4);
+    }
+}
+
+static bool is_runnable(const char *name)
+{
+    const fbn_tier *t;
+    for (int i = 0; (t = fbn_tier_at(i)) != NULL; i++) {
+        if (strcmp(t->name, name) == 0) {
+            return t->runnable;
+        }
+    }
+    return false;
+}
+
+static void add_tier(const tier *t, bool emulated)
+{
+    const char *name = t->kernels->name;
+    if (emulated || is_runnable(name)) {
+        printf("tier %s%s\n", name, emulated ? " (emulated)" : "");
+        tiers[tier_count++] = t;
+    } else {
+        printf("SKIPPED: tier %s, which this CPU cannot run\n", name);
+    }
+}
+
+#ifdef EMULATED
+enum { IS_EMULATED = true };
+#else
+enum { IS_EMULATED = false };
+#endif
+
+int main(int argc, char **argv)
+{
+    uint64_t seed = check_seed(argc, argv);
+    int thoroughness = argc > 2 ? atoi(argv[2]) : 4;
+    fbn_dispatch(NULL);
+    add_tier(&tier_scalar, false);
+#ifdef FBN_HAVE_AVX2
+    add_tier(&tier_avx2, false);
+#endif
+#ifdef FBN_HAVE_AVX512
+    add_tier(&tier_avx512, IS_EMULATED);
+#endif
+#ifdef FBN_HAVE_NEON
+    add_tier(&tier_neon, false);
+#endif
+    check(tier_count > 1, "there is no tier to compare with the scalar one");
+    make_memory();
+    check_catch_faults();
+    check_halves(tiers, tier_count, seed);
+    check_kernels(seed, thoroughness);
+    return check_report();
+}

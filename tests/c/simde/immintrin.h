@@ -1,0 +1,129 @@
+/* immintrin.h -- stands in for the compiler's, so that AVX-512 code runs on any CPU: SIMDe where it has an operation,
+ * a few lines here where it has none. SIMDe itself includes <immintrin.h>; that one is the compiler's.
+ */
+#ifdef EMULATION_IMMINTRIN_H
+#include_next <immintrin.h>
+#else
+#define EMULATION_IMMINTRIN_H
+
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+#include <simde/x86/fma.h>
+
+#include <stdint.h>
+#include <string.h>
+
+/* A streaming store to an unaligned address faults on a CPU, so it must here. */
+#define EMULATE_STREAM(name, T, V)                                                                                     \
+    static inline void emulate_##name(T *p, V v)                                                                       \
+    {                                                                                                                  \
+        if ((uintptr_t)p % sizeof v != 0) {                                                                            \
+            __builtin_trap();                                                                                          \
+        }                                                                                                              \
+        memcpy(p, &v, sizeof v);                                                                                       \
+    }
+EMULATE_STREAM(stream_ps, float, __m512)
+EMULATE_STREAM(stream_pd, double, __m512d)
+#define _mm512_stream_ps emulate_stream_ps
+#define _mm512_stream_pd emulate_stream_pd
+
+/* Masked lanes are not touched in memory. */
+#define EMULATE_MASKED(T, V, mask_type, suffix)                                                                        \
+    static inline V emulate_maskz_loadu_##suffix(mask_type mask, const T *p)                                           \
+    {                                                                                                                  \
+        T lanes[sizeof(V) / sizeof(T)] = {0};                                                                          \
+        V v;                                                                                                           \
+        for (unsigned i = 0; i < sizeof(V) / sizeof(T); i++) {                                                         \
+            if ((mask >> i & 1) != 0) {                                                                                \
+                memcpy(&lanes[i], p + i, sizeof(T));                                                                   \
+            }                                                                                                          \
+        }                                                                                                              \
+        memcpy(&v, lanes, sizeof v);                                                                                   \
+        return v;                                                                                                      \
+    }                                                                                                                  \
+    static inline void emulate_mask_storeu_##suffix(T *p, mask_type mask, V v)                                         \
+    {                                                                                                                  \
+        T lanes[sizeof(V) / sizeof(T)];                                                                                \
+        memcpy(lanes, &v, sizeof v);                                                                                   \
+        for (unsigned i = 0; i < sizeof(V) / sizeof(T); i++) {                                                         \
+            if ((mask >> i & 1) != 0) {                                                                                \
+                memcpy(p + i, &lanes[i], sizeof(T));                                                                   \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+EMULATE_MASKED(float, __m512, __mmask16, ps)
+EMULATE_MASKED(double, __m512d, __mmask8, pd)
+#define _mm512_maskz_loadu_ps emulate_maskz_loadu_ps
+#define _mm512_maskz_loadu_pd emulate_maskz_loadu_pd
+#define _mm512_mask_storeu_ps emulate_mask_storeu_ps
+#define _mm512_mask_storeu_pd emulate_mask_storeu_pd
+
+/* The wide conversions, as two or four of AVX2 and F16C. */
+static inline __m256 emulate_extractf32x8_ps(__m512 v, int which)
+{
+    __m256 half[2];
+    memcpy(half, &v, sizeof v);
+    return half[which];
+}
+
+static inline __m512d emulate_cvtps_pd(__m256 v)
+{
+    __m256d half[2] = {_mm256_cvtps_pd(_mm256_castps256_ps128(v)), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))};
+    __m512d r;
+    memcpy(&r, half, sizeof r);
+    return r;
+}
+
+static inline __m512 emulate_cvtph_ps(__m256i h)
+{
+    __m256 half[2] = {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
+    __m512 r;
+    memcpy(&r, half, sizeof r);
+    return r;
+}
+
+/* `rounding` must be the nearest: a constant that the instruction takes in its encoding. */
+static inline __m256i emulate_cvtps_ph(__m512 v, int rounding)
+{
+    __m256 half[2];
+    memcpy(half, &v, sizeof v);
+    if (rounding != _MM_FROUND_TO_NEAREST_INT) {
+        __builtin_trap();
+    }
+    return _mm256_set_m128i(_mm256_cvtps_ph(half[1], _MM_FROUND_TO_NEAREST_INT),
+                            _mm256_cvtps_ph(half[0], _MM_FROUND_TO_NEAREST_INT));
+}
+
+static inline __m512i emulate_cvtepu16_epi32(__m256i h)
+{
+    uint16_t narrow[16];
+    uint32_t wide[16];
+    __m512i r;
+    memcpy(narrow, &h, sizeof h);
+    for (int i = 0; i < 16; i++) {
+        wide[i] = narrow[i];
+    }
+    memcpy(&r, wide, sizeof r);
+    return r;
+}
+
+static inline __m256i emulate_cvtepi32_epi16(__m512i v)
+{
+    uint16_t narrow[16];
+    uint32_t wide[16];
+    __m256i r;
+    memcpy(wide, &v, sizeof v);
+    for (int i = 0; i < 16; i++) {
+        narrow[i] = (uint16_t)wide[i];
+    }
+    memcpy(&r, narrow, sizeof r);
+    return r;
+}
+#define _mm512_extractf32x8_ps emulate_extractf32x8_ps
+#define _mm512_cvtps_pd emulate_cvtps_pd
+#define _mm512_cvtph_ps emulate_cvtph_ps
+#define _mm512_cvtps_ph emulate_cvtps_ph
+#define _mm512_cvtepu16_epi32 emulate_cvtepu16_epi32
+#define _mm512_cvtepi32_epi16 emulate_cvtepi32_epi16
+
+#endif
