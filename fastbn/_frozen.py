@@ -21,9 +21,10 @@ _Float64 = NDArray[np.float64]
 class FrozenBatchNorm(_native.Prepared):
     """Batch normalization with constants for statistics: what a server holds.
 
-    Made by `BatchNorm.freeze`, `from_batch_norm`, `from_arrays` or `from_state_dict`, in a time that does not depend on
-    any data. It cannot be changed, is safe to call from any number of threads, to share with a forked child, to pickle
-    and to copy (a copy is the object itself), and remembers nothing of a call.
+    Made by `BatchNorm.freeze`, `from_batch_norm`, `from_arrays` (whose arguments the class takes too) or
+    `from_state_dict`, in a time that does not depend on any data. It cannot be changed, is safe to call from any number
+    of threads, to share with a forked child, to pickle and to copy (a copy is the object itself), and remembers nothing
+    of a call.
 
     ``op(x, residual=None, out=None)`` returns ``activation((x - running_mean) / sqrt(running_var + eps) * weight + bias
     + residual)``, as eval mode of the layer does: `x` has at least two dimensions, C channels along `channel_axis`, and

@@ -450,7 +450,8 @@ class BatchNorm:
         >>> op(np.array([[1, 2]], dtype=np.float32))
         array([[1., 2.]], dtype=float32)
         """
-        return FrozenBatchNorm.from_batch_norm(self, dtype)
+        with self._lock:
+            return FrozenBatchNorm.from_batch_norm(self, dtype)
 
     def state_dict(self, prefix: str = "") -> _state.StateDict:
         """Return copies of the parameters and statistics under PyTorch's keys.

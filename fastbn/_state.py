@@ -257,8 +257,11 @@ def _read(
         check(outline)
     arrays = {}
     for entry, name in zip(entries, outline, strict=True):
-        with archive.open(entry) as member:
-            arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+        try:
+            with archive.open(entry) as member:
+                arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+        except ValueError as error:
+            raise _BadFileError(f"{name!r} cannot be read: {error}") from error
         _check_finite(name, arrays[name])
     return arrays
 
