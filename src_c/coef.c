@@ -19,8 +19,8 @@ static size_t fbn_coef_size(fbn_dtype dtype)
 
 static const fbn_range *fbn_range_of(fbn_dtype dtype)
 {
-    static const fbn_range narrow = {0x1p100, FLT_MIN, 0x1p-24};
-    static const fbn_range wide = {0x1p960, DBL_MIN, 0x1p-60};
+    static const fbn_range narrow = {0x1p100, FLT_MIN, FLT_MAX, 0x1p-24};
+    static const fbn_range wide = {0x1p960, DBL_MIN, DBL_MAX, 0x1p-60};
     return fbn_is_wide(dtype) ? &wide : &narrow;
 }
 

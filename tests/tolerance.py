@@ -1,6 +1,7 @@
 """tolerance -- the one rule by which every numeric test compares.
 
-An error is counted in ulps of the result's dtype, at the scale max(1, |expected|). float32 and float64 may be 3 ulps
+An error is counted in ulps of the result's dtype at the scale max(1, |expected|): the unit is that scale times the
+distance from 1 to the next number. float32 and float64 may be 3 ulps
 from the exact value; float16 and bfloat16 one ulp from the exact value correctly rounded. A result that is the
 difference of larger terms is measured at their scale, which the caller then names.
 """
@@ -42,8 +43,7 @@ def error(actual: Array, expected: Array, scale: Any = 1.0) -> float:
     if not finite.any():
         return 0.0
     size = np.broadcast_to(np.asarray(np.maximum(scale, 1.0)).astype(wide), expected.shape)
-    _, exponent = np.frexp(np.maximum(np.abs(expected), size)[finite])
-    unit = np.ldexp(np.ones_like(expected[finite]) * epsilon(actual.dtype), exponent - 1)
+    unit = np.maximum(np.abs(expected), size)[finite] * epsilon(actual.dtype)
     return float((np.abs(got - expected)[finite] / unit).max())
 
 

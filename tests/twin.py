@@ -299,11 +299,22 @@ def value_scale(saved: Saved, weight: Any = None, bias: Any = None, residual: An
 
 
 def gradient_scales(grad_output: Array, saved: Saved, weight: Any = None) -> tuple[Array, ...]:
-    """The same for dx, dweight and dbias."""
-    dz, _, _, terms = _backward(grad_output, saved, weight)
+    """The same for dx, dweight and dbias: the sums over the batch in them are no more exact than their terms, either."""
+    dz, _, _, _ = _backward(grad_output, saved, weight)
     axes = others(grad_output, saved.channel_axis)
     with np.errstate(all="ignore"):
-        normalized = np.abs(saved.centred) * along(
-            _inverse_std(saved.var, saved.eps), saved.centred, saved.channel_axis
-        )
-        return sum(map(np.abs, terms)), (np.abs(dz) * normalized).sum(axis=axes), np.abs(dz).sum(axis=axes)
+        size, spread = np.abs(dz), np.abs(saved.centred)
+        sum_dy, sum_dy_xmu = size.sum(axis=axes), (size * spread).sum(axis=axes)
+    terms = _gradient_terms(
+        size,
+        spread,
+        saved.var,
+        None if weight is None else np.abs(weight),
+        sum_dy,
+        sum_dy_xmu,
+        saved.count,
+        saved.eps,
+        saved.channel_axis,
+    )
+    with np.errstate(all="ignore"):
+        return sum(map(np.abs, terms)), sum_dy_xmu * _inverse_std(saved.var, saved.eps), sum_dy

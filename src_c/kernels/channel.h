@@ -57,9 +57,9 @@ static inline fbn_moment fbn_merge(fbn_moment a, fbn_moment b)
 
 /* What an arithmetic of limited range needs to know about itself. */
 typedef struct {
-    double huge;     /* x - mean cannot overflow while |mean| is below */
-    double smallest; /* normal number */
-    double unit;     /* scales numbers beyond `huge` back into range */
+    double huge;              /* x - mean cannot overflow while |mean| is below */
+    double smallest, largest; /* normal numbers */
+    double unit;              /* scales numbers beyond `huge` back into range, and its inverse those that are too small */
 } fbn_range;
 
 /* Coefficients of z = (x * unit + neg_mean) * scale + shift and of dx = (dz + d * slope) * gain + offset. */
@@ -70,7 +70,8 @@ typedef struct {
 /* Ioffe & Szegedy (2015), Alg. 1: (x - mean) / sqrt(var + eps) * weight + bias, with the mean split into what the
  * arithmetic can subtract exactly (`hi`, the mean rounded to it) and a rest that goes into the shift: a folded
  * x * scale + shift would lose |mean| / sigma ulps. d = x - hi is scaled by a power of two where it could overflow, or
- * where the scale would be subnormal: slow on many CPUs, and short of digits. A subnormal rest is no loss at all.
+ * where the scale would be subnormal (slow on many CPUs, and short of digits; a subnormal rest is no loss at all) or
+ * infinite.
  * For batch statistics an inverse of 0 stands for 1 / sqrt(0), so that a constant channel is its bias for any eps. */
 static inline fbn_channel_coef fbn_affine_of(double mean, double lo, double hi, double var, double weight, double bias,
                                              double eps, bool batch, const fbn_range *range)
@@ -80,8 +81,9 @@ static inline fbn_channel_coef fbn_affine_of(double mean, double lo, double hi, 
     double gain = weight * inverse;
     double rest = (mean - hi) + lo;
     bool far = fabs(mean) > range->huge || (gain != 0.0 && fabs(gain) < range->smallest);
-    double unit = far ? range->unit : 1.0;
-    double scale = gain * (far ? 1.0 / range->unit : 1.0);
+    bool near = fabs(gain) > range->largest;
+    double unit = far ? range->unit : near ? 1.0 / range->unit : 1.0;
+    double scale = gain * (far ? 1.0 / range->unit : near ? range->unit : 1.0);
     fbn_channel_coef c = {.unit = unit, .neg_mean = -(hi * unit), .gain = gain};
     c.scale = fabs(scale) < range->smallest ? 0.0 : scale;
     c.shift = bias - (rest == 0.0 ? 0.0 : rest * gain);

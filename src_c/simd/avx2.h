@@ -112,13 +112,6 @@ static inline v_f64 v_load_f64(const double *p)
     return (v_f64){_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4), _mm256_loadu_pd(p + 8), _mm256_loadu_pd(p + 12)};
 }
 
-/* v_widen(v_load_f32(p)) without the shuffles: a convert takes its operand from memory. */
-static inline v_f64 v_load_wide_f32(const float *p)
-{
-    return (v_f64){_mm256_cvtps_pd(_mm_loadu_ps(p)), _mm256_cvtps_pd(_mm_loadu_ps(p + 4)),
-                   _mm256_cvtps_pd(_mm_loadu_ps(p + 8)), _mm256_cvtps_pd(_mm_loadu_ps(p + 12))};
-}
-
 static inline void v_store_f32(float *p, v_f32 x)
 {
     _mm256_storeu_ps(p, x.a);

@@ -72,11 +72,6 @@ static inline v_f64 v_select_bits_f64(unsigned bits, v_f64 yes, v_f64 no)
 
 static inline v_f32 v_load_f32(const float *p) { return _mm512_loadu_ps(p); }
 static inline v_f64 v_load_f64(const double *p) { return (v_f64){_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
-static inline v_f64 v_load_wide_f32(const float *p)
-{
-    return (v_f64){_mm512_cvtps_pd(_mm256_loadu_ps(p)), _mm512_cvtps_pd(_mm256_loadu_ps(p + 8))};
-}
-
 static inline void v_store_f32(float *p, v_f32 x) { _mm512_storeu_ps(p, x); }
 
 static inline void v_store_f64(double *p, v_f64 x)

@@ -126,8 +126,6 @@ static inline v_f32 v_load_f32(const float *p) { V_MAP_F32; }
 static inline v_f64 v_load_f64(const double *p) { V_MAP_F64; }
 #undef V_EXPR
 
-static inline v_f64 v_load_wide_f32(const float *p) { return v_widen(v_load_f32(p)); }
-
 static inline void v_store_f32(float *p, v_f32 x)
 {
 #define V_PUT(r, i) vst1q_f32(p + 4 * i, x.r);

@@ -68,8 +68,6 @@ V_ARITHMETIC(f64, double)
 static inline v_f32 v_fma_f32(v_f32 a, v_f32 b, v_f32 c) { V_MAP(v_f32, fmaf(a.l[i], b.l[i], c.l[i])); }
 static inline v_f64 v_fma_f64(v_f64 a, v_f64 b, v_f64 c) { V_MAP(v_f64, fma(a.l[i], b.l[i], c.l[i])); }
 static inline v_f64 v_widen(v_f32 a) { V_MAP(v_f64, (double)a.l[i]); }
-static inline v_f64 v_load_wide_f32(const float *p) { return v_widen(v_load_f32(p)); }
-
 #define V_HALF(S)                                                                                                      \
     static inline v_f32 v_load_##S(const uint16_t *p) { V_MAP(v_f32, half_from_##S(p[i])); }                           \
     static inline void v_store_##S(uint16_t *p, v_f32 a)                                                               \
