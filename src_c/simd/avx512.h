@@ -11,7 +11,8 @@ typedef struct {
     __m512d a, b;
 } v_f64;
 
-#define V_MAP_F64(op) return (v_f64) { op(x.a, y.a), op(x.b, y.b) }
+#define V_MAP_F64(op)                                                                                                  \
+    return (v_f64) { op(x.a, y.a), op(x.b, y.b) }
 
 static inline v_f32 v_set1_f32(float x) { return _mm512_set1_ps(x); }
 
@@ -91,10 +92,7 @@ static inline void v_stream_f64(double *p, v_f64 x)
 /* A mask of the first n lanes. */
 static inline unsigned v_first(int n) { return (1u << n) - 1u; }
 
-static inline v_f32 v_load_part_f32(const float *p, int n)
-{
-    return _mm512_maskz_loadu_ps((__mmask16)v_first(n), p);
-}
+static inline v_f32 v_load_part_f32(const float *p, int n) { return _mm512_maskz_loadu_ps((__mmask16)v_first(n), p); }
 
 static inline v_f64 v_load_part_f64(const double *p, int n)
 {
@@ -102,10 +100,7 @@ static inline v_f64 v_load_part_f64(const double *p, int n)
     return (v_f64){_mm512_maskz_loadu_pd((__mmask8)m, p), _mm512_maskz_loadu_pd((__mmask8)(m >> 8), p + 8)};
 }
 
-static inline void v_store_part_f32(float *p, v_f32 x, int n)
-{
-    _mm512_mask_storeu_ps(p, (__mmask16)v_first(n), x);
-}
+static inline void v_store_part_f32(float *p, v_f32 x, int n) { _mm512_mask_storeu_ps(p, (__mmask16)v_first(n), x); }
 
 static inline void v_store_part_f64(double *p, v_f64 x, int n)
 {
@@ -114,10 +109,7 @@ static inline void v_store_part_f64(double *p, v_f64 x, int n)
     _mm512_mask_storeu_pd(p + 8, (__mmask8)(m >> 8), x.b);
 }
 
-static inline v_f32 v_load_f16(const uint16_t *p)
-{
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
-}
+static inline v_f32 v_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 
 static inline __m256i v_pack_f16(v_f32 x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
 

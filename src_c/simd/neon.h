@@ -19,57 +19,61 @@ typedef struct {
 #define V_EACH_F32(each) each(a, 0) each(b, 1) each(c, 2) each(d, 3)
 #define V_EACH_F64(each) each(a, 0) each(b, 1) each(c, 2) each(d, 3) each(e, 4) each(f, 5) each(g, 6) each(h, 7)
 
+/* A vector of V_EXPR for every register; and of a function of two. */
 #define V_SET(r, i) .r = V_EXPR(r, i),
-#define V_MAP_F32 return (v_f32){V_EACH_F32(V_SET)}
-#define V_MAP_F64 return (v_f64){V_EACH_F64(V_SET)}
+#define V_FILL_F32                                                                                                     \
+    return (v_f32) { V_EACH_F32(V_SET) }
+#define V_FILL_F64                                                                                                     \
+    return (v_f64) { V_EACH_F64(V_SET) }
+#define V_MAP_F32(op)                                                                                                  \
+    return (v_f32) { op(x.a, y.a), op(x.b, y.b), op(x.c, y.c), op(x.d, y.d) }
+#define V_MAP_F64(op)                                                                                                  \
+    return (v_f64)                                                                                                     \
+    {                                                                                                                  \
+        op(x.a, y.a), op(x.b, y.b), op(x.c, y.c), op(x.d, y.d), op(x.e, y.e), op(x.f, y.f), op(x.g, y.g), op(x.h, y.h) \
+    }
 
 #define V_EXPR(r, i) value
 static inline v_f32 v_set1_f32(float x)
 {
     float32x4_t value = vdupq_n_f32(x);
-    V_MAP_F32;
+    V_FILL_F32;
 }
 
 static inline v_f64 v_set1_f64(double x)
 {
     float64x2_t value = vdupq_n_f64(x);
-    V_MAP_F64;
+    V_FILL_F64;
 }
 #undef V_EXPR
 
-#define V_EXPR(r, i) x.r + y.r
-static inline v_f32 v_add_f32(v_f32 x, v_f32 y) { V_MAP_F32; }
-static inline v_f64 v_add_f64(v_f64 x, v_f64 y) { V_MAP_F64; }
-#undef V_EXPR
-#define V_EXPR(r, i) x.r - y.r
-static inline v_f32 v_sub_f32(v_f32 x, v_f32 y) { V_MAP_F32; }
-static inline v_f64 v_sub_f64(v_f64 x, v_f64 y) { V_MAP_F64; }
-#undef V_EXPR
-#define V_EXPR(r, i) x.r * y.r
-static inline v_f32 v_mul_f32(v_f32 x, v_f32 y) { V_MAP_F32; }
-static inline v_f64 v_mul_f64(v_f64 x, v_f64 y) { V_MAP_F64; }
-#undef V_EXPR
+static inline v_f32 v_add_f32(v_f32 x, v_f32 y) { V_MAP_F32(vaddq_f32); }
+static inline v_f64 v_add_f64(v_f64 x, v_f64 y) { V_MAP_F64(vaddq_f64); }
+static inline v_f32 v_sub_f32(v_f32 x, v_f32 y) { V_MAP_F32(vsubq_f32); }
+static inline v_f64 v_sub_f64(v_f64 x, v_f64 y) { V_MAP_F64(vsubq_f64); }
+static inline v_f32 v_mul_f32(v_f32 x, v_f32 y) { V_MAP_F32(vmulq_f32); }
+static inline v_f64 v_mul_f64(v_f64 x, v_f64 y) { V_MAP_F64(vmulq_f64); }
 
 #define V_EXPR(r, i) vfmaq_f32(z.r, x.r, y.r)
-static inline v_f32 v_fma_f32(v_f32 x, v_f32 y, v_f32 z) { V_MAP_F32; }
+static inline v_f32 v_fma_f32(v_f32 x, v_f32 y, v_f32 z) { V_FILL_F32; }
 #undef V_EXPR
 #define V_EXPR(r, i) vfmaq_f64(z.r, x.r, y.r)
-static inline v_f64 v_fma_f64(v_f64 x, v_f64 y, v_f64 z) { V_MAP_F64; }
+static inline v_f64 v_fma_f64(v_f64 x, v_f64 y, v_f64 z) { V_FILL_F64; }
 #undef V_EXPR
 
 static inline v_f64 v_widen(v_f32 x)
 {
-    return (v_f64){vcvt_f64_f32(vget_low_f32(x.a)), vcvt_high_f64_f32(x.a), vcvt_f64_f32(vget_low_f32(x.b)),
+    return (v_f64){vcvt_f64_f32(vget_low_f32(x.a)), vcvt_high_f64_f32(x.a),          vcvt_f64_f32(vget_low_f32(x.b)),
                    vcvt_high_f64_f32(x.b),          vcvt_f64_f32(vget_low_f32(x.c)), vcvt_high_f64_f32(x.c),
                    vcvt_f64_f32(vget_low_f32(x.d)), vcvt_high_f64_f32(x.d)};
 }
 
 /* x <= y ? yes : no; false where x or y is NaN. */
 #define V_EXPR(r, i) vbslq_f32(vcleq_f32(x.r, y.r), yes.r, no.r)
-static inline v_f32 v_select_le_f32(v_f32 x, v_f32 y, v_f32 yes, v_f32 no) { V_MAP_F32; }
+static inline v_f32 v_select_le_f32(v_f32 x, v_f32 y, v_f32 yes, v_f32 no) { V_FILL_F32; }
 #undef V_EXPR
 #define V_EXPR(r, i) vbslq_f64(vcleq_f64(x.r, y.r), yes.r, no.r)
-static inline v_f64 v_select_le_f64(v_f64 x, v_f64 y, v_f64 yes, v_f64 no) { V_MAP_F64; }
+static inline v_f64 v_select_le_f64(v_f64 x, v_f64 y, v_f64 yes, v_f64 no) { V_FILL_F64; }
 #undef V_EXPR
 
 /* The bit of each lane of the i-th register. */
@@ -107,7 +111,7 @@ static inline unsigned v_bits_le_f64(v_f64 x, v_f64 y)
 static inline v_f32 v_select_bits_f32(unsigned bits, v_f32 yes, v_f32 no)
 {
     uint32x4_t all = vdupq_n_u32(bits);
-    V_MAP_F32;
+    V_FILL_F32;
 }
 #undef V_EXPR
 
@@ -115,15 +119,15 @@ static inline v_f32 v_select_bits_f32(unsigned bits, v_f32 yes, v_f32 no)
 static inline v_f64 v_select_bits_f64(unsigned bits, v_f64 yes, v_f64 no)
 {
     uint64x2_t all = vdupq_n_u64(bits);
-    V_MAP_F64;
+    V_FILL_F64;
 }
 #undef V_EXPR
 
 #define V_EXPR(r, i) vld1q_f32(p + 4 * i)
-static inline v_f32 v_load_f32(const float *p) { V_MAP_F32; }
+static inline v_f32 v_load_f32(const float *p) { V_FILL_F32; }
 #undef V_EXPR
 #define V_EXPR(r, i) vld1q_f64(p + 2 * i)
-static inline v_f64 v_load_f64(const double *p) { V_MAP_F64; }
+static inline v_f64 v_load_f64(const double *p) { V_FILL_F64; }
 #undef V_EXPR
 
 static inline void v_store_f32(float *p, v_f32 x)
@@ -157,7 +161,7 @@ static inline v_f32 v_load_part_f32(const float *p, int n)
 static inline v_f64 v_load_part_f64(const double *p, int n)
 {
     float64x2_t zero = vdupq_n_f64(0.0);
-    V_MAP_F64;
+    V_FILL_F64;
 }
 #undef V_EXPR
 
@@ -181,10 +185,10 @@ static inline void v_store_part_f64(double *p, v_f64 x, int n)
 }
 
 #define V_EXPR(r, i) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)))
-static inline v_f32 v_load_f16(const uint16_t *p) { V_MAP_F32; }
+static inline v_f32 v_load_f16(const uint16_t *p) { V_FILL_F32; }
 #undef V_EXPR
 #define V_EXPR(r, i) vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16))
-static inline v_f32 v_load_bf16(const uint16_t *p) { V_MAP_F32; }
+static inline v_f32 v_load_bf16(const uint16_t *p) { V_FILL_F32; }
 #undef V_EXPR
 
 static inline uint16x4_t v_round_bf16(float32x4_t x)
@@ -225,6 +229,8 @@ static inline void v_fence(void) {}
 
 #undef V_MAP_F32
 #undef V_MAP_F64
+#undef V_FILL_F32
+#undef V_FILL_F64
 #undef V_SET
 #undef V_EACH_F32
 #undef V_EACH_F64

@@ -1,8 +1,8 @@
 /* fuzz.c -- libFuzzer's way into the C interface: any geometry, strides, dtypes, parameters and bytes.
  *
  * Every buffer is exactly as large as the arguments say it is, so that AddressSanitizer sees the first byte too many.
- * Arguments that no memory could satisfy are passed all the same, with NULL for what cannot be had. A call must return a
- * status, refuse what makes no sense, accept what does, and write nothing unless it returns FBN_OK.
+ * Arguments that no memory could satisfy are passed all the same, with NULL for what cannot be had. A call must return
+ * a status, refuse what makes no sense, accept what does, and write nothing unless it returns FBN_OK.
  */
 #include "dispatch.h"
 #include "fastbn.h"
@@ -162,8 +162,8 @@ static void expect(call *c, bool condition) { c->sane = c->sane && condition; }
 static call take_call(source *s)
 {
     call c = {.sane = true};
-    c.g = (fbn_geometry){(fbn_dtype)take_enum(s, FBN_DTYPE_COUNT), (fbn_family)take_enum(s, 2), take_integer(s), take_integer(s),
-                         take_integer(s)};
+    c.g = (fbn_geometry){(fbn_dtype)take_enum(s, FBN_DTYPE_COUNT), (fbn_family)take_enum(s, 2), take_integer(s),
+                         take_integer(s), take_integer(s)};
     if (c.g.family == FBN_COLS && take(s) < 240) {
         c.g.inner = 1;
     }
@@ -406,7 +406,11 @@ static void fuzz_collapse(source *s)
         for (int d = 0; d < ndim; d++) {
             int at = (ndim - 1 - d + order) % ndim;
             uint8_t how = take(s);
-            strides[a][at] = how < 200 ? step : how < 230 ? -step : how < 240 ? 0 : shape[at] == 1 ? (intptr_t)take_bytes(s, 8) : how;
+            strides[a][at] = how < 200        ? step
+                             : how < 230      ? -step
+                             : how < 240      ? 0
+                             : shape[at] == 1 ? (intptr_t)take_bytes(s, 8)
+                                              : how;
             step *= shape[at];
         }
         arrays[a] = (fbn_array){(char *)(uintptr_t)(1 << 20), strides[a]};
@@ -432,10 +436,10 @@ static void fuzz_collapse(source *s)
                 offset += index[d] == 0 ? 0 : index[d] * strides[a][d];
             }
             given[e].at[a] = (int64_t)(uintptr_t)arrays[a].data + offset;
-            found[e].at[a] = (int64_t)(uintptr_t)tensors[a].data +
-                             (e / g.inner / g.channels * tensors[a].outer_stride +
-                              found[e].channel * tensors[a].channel_stride + e % g.inner) *
-                                 size;
+            found[e].at[a] =
+                (int64_t)(uintptr_t)tensors[a].data + (e / g.inner / g.channels * tensors[a].outer_stride +
+                                                       found[e].channel * tensors[a].channel_stride + e % g.inner) *
+                                                          size;
         }
     }
     qsort(given, (size_t)elements, sizeof *given, tuple_order);

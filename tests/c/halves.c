@@ -87,7 +87,8 @@ static void check_from(const format *type, const tier *t)
     }
 }
 
-static void check_to(const format *type, const tier *const *tiers, int count, const uint32_t *floats, bool independently)
+static void check_to(const format *type, const tier *const *tiers, int count, const uint32_t *floats,
+                     bool independently)
 {
     uint16_t want[16];
     lanes_for(tiers[0], type)->to(floats, want);
@@ -102,8 +103,9 @@ static void check_to(const format *type, const tier *const *tiers, int count, co
         lanes_for(tiers[t], type)->stream(floats, got[1]);
         bool same = memcmp(got[0], want, sizeof want) == 0 && memcmp(got[1], want, sizeof want) == 0;
         for (int i = 0; !same && i < 16; i++) {
-            check(got[0][i] == want[i] && got[1][i] == want[i], "%s to %s: float %08x gives %04x (streamed %04x) and not %04x",
-                  tiers[t]->kernels->name, type->name, floats[i], got[0][i], got[1][i], want[i]);
+            check(got[0][i] == want[i] && got[1][i] == want[i],
+                  "%s to %s: float %08x gives %04x (streamed %04x) and not %04x", tiers[t]->kernels->name, type->name,
+                  floats[i], got[0][i], got[1][i], want[i]);
         }
         check(same, "%s to %s", tiers[t]->kernels->name, type->name);
     }

@@ -1,4 +1,4 @@
-/* kernels.c -- every kernel of the registry, in every tier, against the scalar tier: the same bytes, and none elsewhere.
+/* kernels.c -- every kernel of the registry, in every tier, against the scalar tier: the same bytes, none elsewhere.
  *
  * A case is one call drawn at random: shape, strides, placement, options, numbers. Each of its buffers lies between two
  * unreadable pages; inputs are read-only while a kernel runs; the surroundings of outputs must stay as they were. The
@@ -29,8 +29,8 @@ static size_t size_of(int type) { return type == FBN_F64 ? 8 : type == FBN_F32 ?
  * makes itself, and bytes are compared. */
 typedef enum { PLAIN, FAR, CONSTANT, HUGE_NUMBERS, TINY, SPECIAL, RAW, PAYLOADS, NUMBERS } numbers;
 
-static const char *const number_names[] = {"plain",   "far from zero", "constant", "huge",
-                                           "tiny",    "special",       "raw bits", "raw bits with NaN payloads"};
+static const char *const number_names[] = {"plain", "far from zero", "constant", "huge",
+                                           "tiny",  "special",       "raw bits", "raw bits with NaN payloads"};
 
 static double cpu_nan(void)
 {
@@ -51,7 +51,8 @@ static bool is_nan(int type, const void *p)
     float f = 0.0f;
     uint16_t h = 0;
     memcpy(type == FBN_F64 ? (void *)&v : type == FBN_F32 ? (void *)&f : (void *)&h, p, size_of(type));
-    return isnan(v) || isnan(f) || (type == FBN_F16 && (h & 0x7fff) > 0x7c00) || (type == FBN_BF16 && (h & 0x7fff) > 0x7f80);
+    return isnan(v) || isnan(f) || (type == FBN_F16 && (h & 0x7fff) > 0x7c00) ||
+           (type == FBN_BF16 && (h & 0x7fff) > 0x7f80);
 }
 
 static double largest(int type) { return type == FBN_F64 ? DBL_MAX : type == FBN_F16 ? 65504.0 : 3.38e38; }
@@ -225,7 +226,7 @@ struct operation {
     enum { NO_PLANES, MAYBE_PLANES, PLANES } planes; /* whether columns may be the elements of planes */
 };
 
-/* One line an operation: how it is called, and what it is. A line of the registry that has none here does not compile. */
+/* One line an operation: how it is called, and what it is. An operation that has none here does not compile. */
 #define RUN(op, ...)                                                                                                   \
     static void run_##op(const fbn_kernels *k, const call *c)                                                          \
     {                                                                                                                  \
@@ -235,7 +236,8 @@ struct operation {
 RUN(moments_rows, c->span.x, c->span.x_stride, c->outer, c->span.width, &c->blocks, c->first, c->last, c->span.ahead,
     (fbn_moment *)(void *)c->stats[0])
 RUN(moments_cols, c->span.x, c->span.x_stride, c->span.rows, c->span.width, c->stats[0], c->stats[1], c->stats[2])
-RUN(moments_planes, c->span.x, c->span.x_stride, c->span.rows, c->channels, c->inner, c->stats[0], c->stats[1], c->stats[2])
+RUN(moments_planes, c->span.x, c->span.x_stride, c->span.rows, c->channels, c->inner, c->stats[0], c->stats[1],
+    c->stats[2])
 RUN(normalize_rows, &c->span, &c->coef, c->rule)
 RUN(normalize_cols, &c->span, &c->coef, c->rule)
 RUN(backward_reduce_rows, &c->span, &c->coef, c->rule, c->outer, &c->blocks, c->first, c->last, c->mean, c->stats[0],
@@ -273,7 +275,10 @@ typedef struct {
 
 static memory the_memory;
 
-static void output_add(call *c, matrix m, bool has_content) { output_watch(&c->outputs[c->output_count++], m, has_content); }
+static void output_add(call *c, matrix m, bool has_content)
+{
+    output_watch(&c->outputs[c->output_count++], m, has_content);
+}
 
 static int64_t draw_stride(int64_t width, bool may_repeat, rng *r)
 {
@@ -343,7 +348,8 @@ static void draw_apply_outputs(call *c, int64_t rows, rng *r)
         y = c->other;
         output_add(c, c->other, true);
     } else {
-        y = matrix_make(&the_memory.y, (int)c->dtype, rows, c->span.width, draw_stride(c->span.width, false, r), c->where, r);
+        y = matrix_make(&the_memory.y, (int)c->dtype, rows, c->span.width, draw_stride(c->span.width, false, r),
+                        c->where, r);
         output_add(c, y, false);
     }
     c->span.y = y.data;
@@ -462,10 +468,11 @@ static void describe(const call *c, char *text, size_t size)
     static const char *const aliases[] = {"", ", over x", ", over other", ", over both"};
     const fbn_span *s = &c->span;
     snprintf(text, size,
-             "%s %s, %lld x %lld, planes of %lld, strides %lld %lld %lld %lld, at %s, %s, %s%s%s%s%s%s, blocks %lld to %lld of %lld",
+             "%s %s, %lld x %lld, planes of %lld, strides %lld %lld %lld %lld, at %s, %s, %s%s%s%s%s%s, blocks %lld to "
+             "%lld of %lld",
              c->op->name, dtype_names[c->dtype], (long long)s->rows, (long long)s->width, (long long)c->inner,
-             (long long)s->x_stride, (long long)s->other_stride, (long long)s->y_stride, (long long)s->extra_stride, places[c->where],
-             number_names[c->kind], activation_names[c->rule.kind], s->gate == NULL ? "" : ", gate",
+             (long long)s->x_stride, (long long)s->other_stride, (long long)s->y_stride, (long long)s->extra_stride,
+             places[c->where], number_names[c->kind], activation_names[c->rule.kind], s->gate == NULL ? "" : ", gate",
              s->other == NULL ? "" : ", other", s->extra == NULL ? "" : ", extra", s->stream ? ", streaming" : "",
              aliases[c->in_place], (long long)c->first, (long long)c->last, (long long)c->blocks.count);
 }
@@ -520,7 +527,8 @@ static void check_call(call *c)
         }
     }
     if (c->op->shape == COPIES) {
-        check(memcmp(c->span.x, c->span.y, (size_t)c->span.width * size_of((int)c->dtype)) == 0, "%s: scalar copies wrongly", text);
+        check(memcmp(c->span.x, c->span.y, (size_t)c->span.width * size_of((int)c->dtype)) == 0,
+              "%s: scalar copies wrongly", text);
     }
     for (int t = 1; t < tier_count; t++) {
         const char *name = tiers[t]->kernels->name;
@@ -530,8 +538,8 @@ static void check_call(call *c)
         for (int i = 0; i < c->output_count; i++) {
             const output *o = &c->outputs[i];
             int64_t at = output_difference(o, c->kind == PAYLOADS);
-            check(at < 0, "%s: %s differs in output %d, element %lld of those watched, which begin %lld before row 0", text,
-                  name, i, (long long)at, (long long)((o->m.data - o->begin) / (ptrdiff_t)size_of(o->m.type)));
+            check(at < 0, "%s: %s differs in output %d, element %lld of those watched, which begin %lld before row 0",
+                  text, name, i, (long long)at, (long long)((o->m.data - o->begin) / (ptrdiff_t)size_of(o->m.type)));
         }
     }
 }

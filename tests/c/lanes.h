@@ -6,7 +6,8 @@
 
 /* Sixteen numbers a call; float bits, so that no NaN passes through a register on the way. */
 typedef struct {
-    void (*from)(const uint16_t *h, uint32_t *f), (*to)(const uint32_t *f, uint16_t *h), (*stream)(const uint32_t *f, uint16_t *h);
+    void (*from)(const uint16_t *h, uint32_t *f), (*to)(const uint32_t *f, uint16_t *h),
+        (*stream)(const uint32_t *f, uint16_t *h);
 } lanes_of_type;
 
 typedef struct {

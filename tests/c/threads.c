@@ -1,5 +1,5 @@
-/* threads.c -- many callers of the C interface at once, for ThreadSanitizer: no race, and everybody gets the bytes that a
- * lone caller on one thread gets.
+/* threads.c -- many callers of the C interface at once, for ThreadSanitizer: no race, and everybody gets the bytes that
+ * a lone caller on one thread gets.
  *
  * Usage: threads [seed [runs]]
  */
@@ -192,8 +192,8 @@ static void *call_many(void *argument)
         bool same = results_equal(&r, &p->expected[e]);
         results_free(&r);
         pthread_mutex_lock(&counting);
-        check(status == FBN_OK && same, "entry %d on problem %d with %d threads: status %d, %s bytes", (int)e, index, threads,
-              (int)status, same ? "equal" : "other");
+        check(status == FBN_OK && same, "entry %d on problem %d with %d threads: status %d, %s bytes", (int)e, index,
+              threads, (int)status, same ? "equal" : "other");
         pthread_mutex_unlock(&counting);
     }
     return NULL;
