@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import twin
 from arrays import normal, parameters
-from tolerance import assert_close
+from tolerance import assert_close, assert_gradients
 
 import fastbn
 
@@ -144,15 +144,12 @@ def test_inference_gradient_takes_statistics_as_constants(dtype, layout, rng):
     bn.weight, bn.bias = parameters(rng, 3, dtype)
     bn.running_mean, bn.running_var = running(dtype)
     _, saved = twin.forward_eval(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, channel_axis=axis)
-    assert_close(bn(x), twin.normalize(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, channel_axis=axis))
+    expected = twin.normalize(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, channel_axis=axis)
+    assert_close(bn(x), expected, twin.value_scale(saved, bn.weight, bn.bias))
     dx = bn.backward(grad_output)
-    expected = twin.batch_norm_backward(grad_output, x, saved, bn.weight, bn.bias)
-    scales = twin.gradient_scales(grad_output, saved, bn.weight)
     inverse = 1 / np.sqrt(bn.running_var.astype(np.float64) + 1e-5)
-    assert_close(dx, grad_output.astype(expected[0].dtype) * twin.along(bn.weight * inverse, x, axis), 2)
-    assert_close(dx, expected[0], scales[0])
-    assert_close(bn.grad_weight, expected[1], scales[1])
-    assert_close(bn.grad_bias, expected[2], scales[2])
+    assert_close(dx, twin.widen(grad_output) * twin.along(bn.weight * inverse, x, axis), 2)
+    assert_gradients((dx, bn.grad_weight, bn.grad_bias), grad_output, saved, bn.weight)
 
 
 class TestLayer:

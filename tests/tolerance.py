@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import twin
 
 Array = np.ndarray[Any, Any]
 
@@ -50,3 +51,11 @@ def error(actual: Array, expected: Array, scale: Any = 1.0) -> float:
 def assert_close(actual: Array, expected: Array, scale: Any = 1.0) -> None:
     found, allowed = error(actual, expected, scale), ulps_allowed(actual.dtype)
     assert found <= allowed, f"{found:.3g} ulp of {actual.dtype}, allowed {allowed}"
+
+
+def assert_gradients(found: tuple[Array, ...], grad_output: Array, saved: twin.Saved, weight: Any = None) -> None:
+    """The results of a backward against the twin's, from what the twin saved of the same forward."""
+    expected = twin.batch_norm_backward(grad_output, None, saved, weight)
+    scales = twin.gradient_scales(grad_output, saved, weight)
+    for gradient, reference, scale in zip(found, expected, scales, strict=True):
+        assert_close(gradient, reference, scale)

@@ -277,7 +277,7 @@ def _backward(grad_output: Array, saved: Saved, weight: Any) -> tuple[Array, Arr
 
 
 def batch_norm_backward(
-    grad_output: Array, x: Array, saved: Saved, weight: Any = None, bias: Any = None
+    grad_output: Array, x: Any, saved: Saved, weight: Any = None, bias: Any = None
 ) -> tuple[Array, ...]:
     dz, sum_dy, sum_dy_xmu, terms = _backward(grad_output, saved, weight)
     gradients = sum(terms), sum_dy_xmu * _inverse_std(saved.var, saved.eps), sum_dy
@@ -299,22 +299,16 @@ def value_scale(saved: Saved, weight: Any = None, bias: Any = None, residual: An
 
 
 def gradient_scales(grad_output: Array, saved: Saved, weight: Any = None) -> tuple[Array, ...]:
-    """The same for dx, dweight and dbias: the sums over the batch in them are no more exact than their terms, either."""
+    """The same for every result of the backward; a sum over the batch is no more exact than its terms, either."""
     dz, _, _, _ = _backward(grad_output, saved, weight)
     axes = others(grad_output, saved.channel_axis)
     with np.errstate(all="ignore"):
         size, spread = np.abs(dz), np.abs(saved.centred)
         sum_dy, sum_dy_xmu = size.sum(axis=axes), (size * spread).sum(axis=axes)
+    width = None if weight is None else np.abs(weight)
     terms = _gradient_terms(
-        size,
-        spread,
-        saved.var,
-        None if weight is None else np.abs(weight),
-        sum_dy,
-        sum_dy_xmu,
-        saved.count,
-        saved.eps,
-        saved.channel_axis,
+        size, spread, saved.var, width, sum_dy, sum_dy_xmu, saved.count, saved.eps, saved.channel_axis
     )
     with np.errstate(all="ignore"):
-        return sum(map(np.abs, terms)), sum_dy_xmu * _inverse_std(saved.var, saved.eps), sum_dy
+        scales = sum(map(np.abs, terms)), sum_dy_xmu * _inverse_std(saved.var, saved.eps), sum_dy
+    return (*scales, size) if saved.has_residual else scales
