@@ -95,7 +95,7 @@ static void fbn_fill_chunk(fbn_coefs *c, const fbn_affine *affine, bool batch, c
     fbn_spread(bias, affine->bias == NULL ? NULL : affine->bias + first, 0.0, n);
     for (int64_t i = 0; i < n; i++) {
         double hi = wide ? mean[i] : (double)(float)mean[i];
-        fbn_channel_coef v = fbn_affine_of(mean[i], lo[i], hi, var[i], weight[i], bias[i], affine->eps, batch, &range);
+        fbn_channel_coef v = fbn_affine_of(mean[i], lo[i], hi, var[i], weight[i], bias[i], affine->eps, batch, wide, &range);
         out[FBN_UNIT][i] = v.unit;
         out[FBN_NEG_MEAN][i] = v.neg_mean;
         out[FBN_SCALE][i] = v.scale;

@@ -83,9 +83,9 @@ static int64_t fbn_strips(const fbn_pass *pass)
 {
     const fbn_geometry *g = &pass->g;
     if (fbn_by_planes(pass)) {
-        return fbn_strips_planes(g->outer, g->channels);
+        return fbn_strips_planes(g->outer);
     }
-    return g->family == FBN_ROWS ? fbn_blocks_rows(g->outer, g->channels, g->inner).strips : fbn_strips_cols(g->outer);
+    return g->family == FBN_ROWS ? fbn_blocks_rows(g->outer, g->inner).strips : fbn_strips_cols(g->outer);
 }
 
 bool fbn_partials_alloc(fbn_partials *p, const fbn_pass *pass)
@@ -215,7 +215,7 @@ void fbn_reduce(const fbn_pass *pass, fbn_partials *p, const double *mean, const
 {
     const fbn_geometry *g = &pass->g;
     if (g->family == FBN_ROWS && !fbn_by_planes(pass)) {
-        fbn_blocks blocks = fbn_blocks_rows(g->outer, g->channels, g->inner);
+        fbn_blocks blocks = fbn_blocks_rows(g->outer, g->inner);
         int64_t tasks = (last - first) * p->strips;
         for (int64_t t = fbn_part(tasks, part, parts); t < fbn_part(tasks, part + 1, parts); t++) {
             fbn_reduce_rows(pass, p, &blocks, mean, coefs, first + t / p->strips, t % p->strips);
@@ -237,7 +237,7 @@ void fbn_combine(const fbn_pass *pass, fbn_partials *p, int64_t first, int64_t l
     const fbn_geometry *g = &pass->g;
     fbn_blocks blocks = {0};
     if (g->family == FBN_ROWS) {
-        blocks = fbn_blocks_rows(g->outer, g->channels, g->inner);
+        blocks = fbn_blocks_rows(g->outer, g->inner);
     }
     for (int64_t step = 1; step < p->strips; step *= 2) {
         for (int64_t strip = 0; strip + step < p->strips; strip += 2 * step) {

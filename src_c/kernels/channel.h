@@ -67,6 +67,18 @@ typedef struct {
     double unit, neg_mean, scale, shift, slope, gain, offset;
 } fbn_channel_coef;
 
+/* What float64 loses in weight / sqrt(var + eps), given that quotient's two factors: for data that are float64, too. */
+static inline double fbn_gain_lost(double var, double eps, double inverse, double weight, double gain)
+{
+    double v;
+    double v_lost;
+    fbn_two_sum(var, eps, &v, &v_lost);
+    double square = v * inverse;
+    double rest = (fma(-square, inverse, 1.0) - fma(v, inverse, -square) * inverse) - v_lost * inverse * inverse;
+    double lost = fma(weight, inverse, -gain) + weight * (0.5 * inverse * rest);
+    return fabs(lost) < fabs(gain) * 0x1p-40 ? lost : 0.0; /* not where something is infinite, NaN or subnormal */
+}
+
 /* Ioffe & Szegedy (2015), Alg. 1: (x - mean) / sqrt(var + eps) * weight + bias, with the mean split into what the
  * arithmetic can subtract exactly (`hi`, the mean rounded to it) and a rest that goes into the shift: a folded
  * x * scale + shift would lose |mean| / sigma ulps. d = x - hi is scaled by a power of two where it could overflow, or
@@ -74,11 +86,12 @@ typedef struct {
  * infinite.
  * For batch statistics an inverse of 0 stands for 1 / sqrt(0), so that a constant channel is its bias for any eps. */
 static inline fbn_channel_coef fbn_affine_of(double mean, double lo, double hi, double var, double weight, double bias,
-                                             double eps, bool batch, const fbn_range *range)
+                                             double eps, bool batch, bool wide, const fbn_range *range)
 {
     double deviation = sqrt(var + eps);
     double inverse = batch && deviation == 0.0 ? 0.0 : 1.0 / deviation;
     double gain = weight * inverse;
+    gain += wide ? fbn_gain_lost(var, eps, inverse, weight, gain) : 0.0;
     double rest = (mean - hi) + lo;
     bool far = fabs(mean) > range->huge || (gain != 0.0 && fabs(gain) < range->smallest);
     bool near = fabs(gain) > range->largest;
@@ -111,8 +124,9 @@ static inline double fbn_pivot(double x)
 }
 
 /* The blocks of a channel in the rows family: whole planes together where a plane is short, even pieces of a plane
- * where it is long. They follow from the geometry alone: never from threads, caches or the ISA. */
-enum { FBN_BLOCK = 4096, FBN_BLOCK_ROWS = 1024, FBN_STRIP_ROWS = 256, FBN_STRIPS = 128, FBN_TASKS = 1024 };
+ * where it is long. They follow from the channel's geometry alone: never from threads, caches,
+ * the ISA or the number of its neighbours. */
+enum { FBN_BLOCK = 4096, FBN_BLOCK_ROWS = 1024, FBN_STRIP_ROWS = 256, FBN_STRIPS = 128 };
 
 /* Planes so short that channels are summed side by side. Shorter than the minimum, a group would have too many. */
 enum { FBN_PLANE_MIN = 4, FBN_PLANE_MAX = 80 };
@@ -135,7 +149,7 @@ static inline int64_t fbn_clamp(int64_t x, int64_t low, int64_t high)
     return x < low ? low : x > high ? high : x;
 }
 
-static inline fbn_blocks fbn_blocks_rows(int64_t outer, int64_t channels, int64_t inner)
+static inline fbn_blocks fbn_blocks_rows(int64_t outer, int64_t inner)
 {
     fbn_blocks b;
     b.pieces = fbn_ceil_div(inner, FBN_BLOCK);
@@ -143,7 +157,7 @@ static inline fbn_blocks fbn_blocks_rows(int64_t outer, int64_t channels, int64_
     b.pieces = fbn_ceil_div(inner, b.piece_len);
     b.planes = b.pieces > 1 ? 1 : fbn_clamp(FBN_BLOCK / inner, 1, outer);
     b.count = fbn_ceil_div(outer, b.planes) * b.pieces;
-    b.strips = fbn_clamp(fbn_ceil_div(FBN_TASKS, channels), 1, b.count);
+    b.strips = fbn_clamp(b.count / 4, 1, FBN_STRIPS);
     return b;
 }
 
@@ -154,9 +168,9 @@ static inline int64_t fbn_strips_cols(int64_t rows)
 }
 
 /* Short planes: strips of planes. */
-static inline int64_t fbn_strips_planes(int64_t planes, int64_t channels)
+static inline int64_t fbn_strips_planes(int64_t planes)
 {
-    return fbn_clamp(fbn_ceil_div(FBN_TASKS, channels), 1, fbn_clamp(planes / 64, 1, FBN_STRIPS));
+    return fbn_clamp(planes / 64, 1, FBN_STRIPS);
 }
 
 /* The i-th of n even parts of `total` begins here; the same rule cuts strips and the shares of threads. */
