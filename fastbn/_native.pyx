@@ -557,7 +557,7 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
     cdef Py_ssize_t channels = cnp.PyArray_DIM(x, axis)
     cdef double eps = epsilon(eps_given)
     cdef fbn_act act = activation_of(activation, negative_slope)
-    cdef double factor = 0.0 if momentum is None else number(momentum, "momentum")
+    cdef double factor = number(momentum, "momentum")
     cdef cnp.ndarray residual = None
     cdef cnp.ndarray y
     cdef Params p = params(channels, 2)
@@ -666,7 +666,7 @@ cdef int update_running(object running_mean, object running_var, double factor, 
 
 
 def forward(x, weight, bias, eps, channel_axis, activation, negative_slope, residual, out):
-    return run_forward(x, None, None, weight, bias, None, eps, channel_axis, activation, negative_slope, residual, out)
+    return run_forward(x, None, None, weight, bias, 0.0, eps, channel_axis, activation, negative_slope, residual, out)
 
 
 def forward_train(x, running_mean, running_var, weight, bias, momentum, eps, channel_axis, activation, negative_slope,

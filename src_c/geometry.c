@@ -35,6 +35,12 @@ static int64_t fbn_magnitude(int64_t x)
     return x < 0 ? -x : x;
 }
 
+/* Where a dimension belongs, outermost first. A broadcast one is at home anywhere, and out of the way outside. */
+static int64_t fbn_rank(const fbn_dim *d)
+{
+    return d->stride[0] == 0 ? INT64_MAX : fbn_magnitude(d->stride[0]);
+}
+
 bool fbn_collapse(fbn_dtype dtype, int ndim, int channel_axis, const intptr_t *shape, int count, const fbn_array *arrays,
                   fbn_geometry *g, fbn_tensor *tensors)
 {
@@ -73,7 +79,7 @@ bool fbn_collapse(fbn_dtype dtype, int ndim, int channel_axis, const intptr_t *s
             }
         }
         int at = n++;
-        for (; at > 0 && fbn_magnitude(dims[at - 1].stride[0]) < fbn_magnitude(dim.stride[0]); at--) {
+        for (; at > 0 && fbn_rank(&dims[at - 1]) < fbn_rank(&dim); at--) {
             dims[at] = dims[at - 1];
         }
         dims[at] = dim;

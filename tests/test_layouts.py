@@ -372,7 +372,6 @@ COLLAPSIBLE = {
     "some_rows": lambda x: (x[:, :, 1:-1], 1),
     "some_last_channels": lambda x: (x[..., 3:9], -1),
     "one_image_for_all": lambda x: (np.broadcast_to(x[:1], x.shape), 1),
-    "one_place_for_all": lambda x: (np.broadcast_to(x[:1, :1, :1], x.shape), -1),
     "read_only": lambda x: (arrays.read_only(x), 1),
 }
 
