@@ -427,7 +427,7 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
     };
     if (blocks) {
         c->outer = rows;
-        c->blocks = fbn_blocks_rows(rows, rng_between(r, 1, 100), width);
+        c->blocks = fbn_blocks_rows(rows, width);
         c->first = rng_one_in(r, 2) ? 0 : rng_below(r, c->blocks.count);
         c->last = rng_one_in(r, 2) ? c->blocks.count : rng_between(r, c->first, c->blocks.count);
     }
