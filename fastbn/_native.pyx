@@ -253,6 +253,9 @@ cdef cnp.ndarray output(object out, cnp.ndarray x, int code, str name):
     cdef int i
     cdef cnp.ndarray y
     if out is None:
+        for i in range(cnp.PyArray_NDIM(x)):
+            if cnp.PyArray_STRIDE(x, i) == 0 and cnp.PyArray_DIM(x, i) > 1:
+                return blank(x)
         if PyArray_ISNOTSWAPPED(x):
             return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
         return np.empty_like(x, dtype=x.dtype.newbyteorder("="), subok=False)
@@ -302,9 +305,17 @@ cdef bint overlaps_itself(cnp.ndarray out):
     return np.lib.array_utils.byte_bounds(out)[1] - np.lib.array_utils.byte_bounds(out)[0] < out.nbytes
 
 
+cdef cnp.ndarray blank(cnp.ndarray like):
+    """Native memory without gaps, for an array that is walked as `like` is: its order of axes, and their directions."""
+    allocated = np.nditer(
+        [like, None], ["zerosize_ok"], [["readonly"], ["writeonly", "allocate"]],
+        op_dtypes=[like.dtype, like.dtype.newbyteorder("=")],
+    ).operands[1]
+    return allocated[tuple([slice(None, None, -1 if s < 0 else None) for s in (<object>like).strides])]
+
+
 cdef cnp.ndarray native_copy(cnp.ndarray a, cnp.ndarray like):
-    """a's values in aligned native memory of like's order."""
-    cdef cnp.ndarray b = np.empty_like(like, dtype=a.dtype.newbyteorder("="), subok=False)
+    cdef cnp.ndarray b = blank(like)
     b[...] = a
     return b
 
@@ -357,38 +368,48 @@ cdef bint same_geometry(const fbn_geometry *a, const fbn_geometry *b) noexcept:
 
 
 cdef Operands arrange(cnp.ndarray x, cnp.ndarray other, cnp.ndarray out, cnp.ndarray extra, int code, int axis,
-                      const fbn_geometry *wanted, object layout, Geometry *geo):
-    """Brings x, what is read beside it, and the outputs to one geometry (to `wanted`, in memory of `layout`, if given)."""
+                      const fbn_geometry *wanted, object walk, Geometry *geo):
+    """Brings x, what is read beside it, and the outputs to x's geometry; to `wanted`, by way of the strides `walk`, where
+    there is a gate that was laid out by them.
+    """
     cdef Operands o = Operands.__new__(Operands)
+    cdef cnp.ndarray like = x
     o.a0, o.a1, o.a2, o.a3 = x, other, out, extra
-    # The common case first: nothing clashes and everything collapses together.
-    if out is not None:
-        if clashes(x, out):
-            o.a0 = native_copy(x, x)
-        if other is not None and clashes(other, out):
-            o.a1 = native_copy(other, x)
-    if collapse(o.a0, o.a1, o.a2, o.a3, code, axis, geo) and (wanted == NULL or same_geometry(&geo.g, wanted)) and (
-        out is None or not PyArray_ISWRITEABLE(out) or PyArray_IS_C_CONTIGUOUS(out) or not overlaps_itself(out)
-    ):
-        return o
-    # Then everything in the memory order of x, and at last x itself in memory without gaps.
-    for like, move_x in ((x, False), (x, True), (layout, True)):
-        if like is None:
-            continue
+    if wanted != NULL and (<object>x).strides != walk:
+        like = np.lib.stride_tricks.as_strided(np.empty(1, dtype=x.dtype), (<object>x).shape, walk)
+    else:
+        # The common case: nothing clashes and everything collapses together.
+        if out is not None:
+            if clashes(x, out):
+                o.a0 = native_copy(x, x)
+            if other is not None and clashes(other, out):
+                o.a1 = native_copy(other, x)
+        if collapse(o.a0, o.a1, o.a2, o.a3, code, axis, geo) and (wanted == NULL or same_geometry(&geo.g, wanted)) and (
+            out is None or not PyArray_ISWRITEABLE(out) or PyArray_IS_C_CONTIGUOUS(out) or not overlaps_itself(out)
+        ):
+            return o
+    # Then everything else without gaps, and at last x.
+    for move_x in [False, True][like is not x :]:
         o.back = []
         if move_x:
             o.a0 = native_copy(x, like)
         if other is not None:
             o.a1 = native_copy(other, like)
         if out is not None:
-            o.a2 = np.empty_like(like, dtype=out.dtype.newbyteorder("="), subok=False)
+            o.a2 = blank(like)
             o.back.append((out, o.a2))
         if extra is not None:
-            o.a3 = np.empty_like(like, dtype=extra.dtype.newbyteorder("="), subok=False)
+            o.a3 = blank(like)
             o.back.append((extra, o.a3))
         if collapse(o.a0, o.a1, o.a2, o.a3, code, axis, geo) and (wanted == NULL or same_geometry(&geo.g, wanted)):
             return o
     raise RuntimeError("fastbn: arrays without gaps did not collapse to one geometry")
+
+
+cdef bint has_gaps(cnp.ndarray x) noexcept:
+    cdef uintptr_t low, high
+    extent(x, &low, &high)
+    return high - low != <uintptr_t>cnp.PyArray_NBYTES(x)
 
 
 cdef int finish(Operands o) except -1:
@@ -505,7 +526,7 @@ cdef class Saved:
     cdef readonly object var
     cdef object mean_lo
     cdef object gate
-    cdef object layout  # an array of the forward's memory order, of no memory of its own
+    cdef object walk  # the strides of the forward's x, which the gate follows
     cdef fbn_geometry geometry
     cdef object shape
     cdef int code
@@ -533,13 +554,24 @@ cdef Saved new_saved(cnp.ndarray x, int code, int axis, double eps, object activ
     return s
 
 
-cdef int make_gate(Saved s, Operands o, const Geometry *geo) except -1:
-    """An activation after a residual: its sign cannot be recomputed, so one bit an element is kept."""
-    if s.has_residual and s.activation is not None:
+cdef Operands arrange_forward(Saved s, cnp.ndarray x, cnp.ndarray residual, cnp.ndarray y, int code, int axis,
+                              Geometry *geo):
+    """With an activation after a residual, whose sign cannot be recomputed, one bit an element is kept. The backward
+    finds it by the geometry of x without gaps, which is what all that it may have to copy collapses to.
+    """
+    cdef Geometry tight
+    cdef const fbn_geometry *wanted = NULL
+    cdef bint gated = s is not None and s.has_residual and s.activation is not None
+    cdef Operands o
+    if gated and has_gaps(x):
+        collapse(blank(x), None, None, None, code, axis, &tight)
+        wanted = &tight.g
+    o = arrange(x, residual, y, None, code, axis, wanted, None if wanted == NULL else (<object>x).strides, geo)
+    if gated:
         s.geometry = geo.g
         s.gate = np.empty(fbn_gate_bytes(&geo.g), dtype=np.uint8)
-        s.layout = np.lib.stride_tricks.as_strided(np.empty(1, dtype=o.a0.dtype), s.shape, (<object>o.a0).strides)
-    return 0
+        s.walk = (<object>o.a0).strides
+    return o
 
 
 cdef uint8_t *gate_data(Saved s) noexcept:
@@ -601,8 +633,7 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
     stats.mean = <double *>cnp.PyArray_DATA(<cnp.ndarray>mean)
     stats.mean_lo = <double *>cnp.PyArray_DATA(<cnp.ndarray>mean_lo)
     stats.m2 = <double *>cnp.PyArray_DATA(<cnp.ndarray>m2)
-    o = arrange(x, residual, y, None, code, axis, NULL, None, &geo)
-    make_gate(saved, o, &geo)
+    o = arrange_forward(saved, x, residual, y, code, axis, &geo)
     gate = gate_data(saved)
     if residual is not None:
         other = &geo.t[1]
@@ -793,9 +824,8 @@ cdef tuple run_normalize(object x_given, object mean, object var, object weight,
         lock_saved(saved)
     if cnp.PyArray_SIZE(x) == 0:
         return y, saved
-    o = arrange(x, residual, y, None, code, axis, NULL, None, &geo)
+    o = arrange_forward(saved, x, residual, y, code, axis, &geo)
     if save:
-        make_gate(saved, o, &geo)
         gate = gate_data(saved)
     with nogil:
         status = fbn_normalize(&geo.g, geo.t[0], other, geo.t[2], gate, &affine, act, threads)
@@ -878,7 +908,7 @@ def backward(grad_output, x, Saved saved not None, weight, bias, out):
         gate = gate_data(saved)
         if gate != NULL:
             wanted = &saved.geometry
-        o = arrange(vx, dy, dx, dresidual, code, axis, wanted, saved.layout, &geo)
+        o = arrange(vx, dy, dx, dresidual, code, axis, wanted, saved.walk, &geo)
         with nogil:
             status = fbn_backward(&geo.g, geo.t[0], geo.t[1], geo.t[2], extra, gate, &affine, act, training, threads,
                                   sum_dy, sum_dy_xmu)

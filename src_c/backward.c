@@ -68,8 +68,8 @@ static void fbn_backward_apply_all(fbn_backward_call *b)
     fbn_parallel(b->work.pass.plan.team, fbn_backward_apply_task, b);
 }
 
-static bool fbn_backward_ready(fbn_backward_call *b, const fbn_geometry *g, fbn_tensor x, fbn_tensor dy, const fbn_affine *affine,
-                               const uint8_t *gate, fbn_act act, fbn_op op, int threads)
+static bool fbn_backward_ready(fbn_backward_call *b, const fbn_geometry *g, fbn_tensor x, fbn_tensor dy,
+                               const fbn_affine *affine, const uint8_t *gate, fbn_act act, fbn_op op, int threads)
 {
     if (x.data == NULL || dy.data == NULL || affine == NULL || affine->mean == NULL || affine->var == NULL) {
         return false;

@@ -7,15 +7,9 @@
 
 enum { FBN_UNIT, FBN_NEG_MEAN, FBN_SCALE, FBN_SHIFT, FBN_SLOPE, FBN_GAIN, FBN_OFFSET, FBN_COEF_COUNT };
 
-static bool fbn_is_wide(fbn_dtype dtype)
-{
-    return dtype == FBN_F64;
-}
+static bool fbn_is_wide(fbn_dtype dtype) { return dtype == FBN_F64; }
 
-static size_t fbn_coef_size(fbn_dtype dtype)
-{
-    return fbn_is_wide(dtype) ? sizeof(double) : sizeof(float);
-}
+static size_t fbn_coef_size(fbn_dtype dtype) { return fbn_is_wide(dtype) ? sizeof(double) : sizeof(float); }
 
 static const fbn_range *fbn_range_of(fbn_dtype dtype)
 {
@@ -24,10 +18,7 @@ static const fbn_range *fbn_range_of(fbn_dtype dtype)
     return fbn_is_wide(dtype) ? &wide : &narrow;
 }
 
-double fbn_round_mean(fbn_dtype dtype, double mean)
-{
-    return fbn_is_wide(dtype) ? mean : (double)(float)mean;
-}
+double fbn_round_mean(fbn_dtype dtype, double mean) { return fbn_is_wide(dtype) ? mean : (double)(float)mean; }
 
 static char *fbn_coef_array(const fbn_coefs *c, int which)
 {
@@ -82,8 +73,8 @@ static bool fbn_all_one(const double *values, int64_t n)
     return one != 0;
 }
 
-static void fbn_fill_chunk(fbn_coefs *c, const fbn_affine *affine, bool batch, const fbn_backward_sums *sums, int64_t first,
-                           int64_t n)
+static void fbn_fill_chunk(fbn_coefs *c, const fbn_affine *affine, bool batch, const fbn_backward_sums *sums,
+                           int64_t first, int64_t n)
 {
     const fbn_range range = *fbn_range_of(c->dtype);
     const bool wide = fbn_is_wide(c->dtype);
@@ -95,7 +86,8 @@ static void fbn_fill_chunk(fbn_coefs *c, const fbn_affine *affine, bool batch, c
     fbn_spread(bias, affine->bias == NULL ? NULL : affine->bias + first, 0.0, n);
     for (int64_t i = 0; i < n; i++) {
         double hi = wide ? mean[i] : (double)(float)mean[i];
-        fbn_channel_coef v = fbn_affine_of(mean[i], lo[i], hi, var[i], weight[i], bias[i], affine->eps, batch, wide, &range);
+        fbn_channel_coef v =
+            fbn_affine_of(mean[i], lo[i], hi, var[i], weight[i], bias[i], affine->eps, batch, wide, &range);
         out[FBN_UNIT][i] = v.unit;
         out[FBN_NEG_MEAN][i] = v.neg_mean;
         out[FBN_SCALE][i] = v.scale;
@@ -105,8 +97,8 @@ static void fbn_fill_chunk(fbn_coefs *c, const fbn_affine *affine, bool batch, c
     for (int64_t i = 0; i < n && sums != NULL; i++) {
         double hi = wide ? mean[i] : (double)(float)mean[i];
         fbn_channel_coef v = {.unit = out[FBN_UNIT][i], .gain = out[FBN_GAIN][i]};
-        fbn_backward_of(&v, mean[i], lo[i], hi, var[i], affine->eps, sums->sum_dy[first + i], sums->sum_dy_xmu[first + i],
-                        sums->count);
+        fbn_backward_of(&v, mean[i], lo[i], hi, var[i], affine->eps, sums->sum_dy[first + i],
+                        sums->sum_dy_xmu[first + i], sums->count);
         out[FBN_SLOPE][i] = v.slope;
         out[FBN_OFFSET][i] = v.offset;
     }
@@ -155,8 +147,8 @@ static void fbn_fill_f64(double *to, double value, int64_t n)
 }
 
 /* A period of `repeat` copies of each, then periods until the width is full. */
-void fbn_coefs_expand(fbn_coefs *to, const fbn_coefs *from, int64_t first, int64_t period, int64_t repeat, int64_t width,
-                      bool backward)
+void fbn_coefs_expand(fbn_coefs *to, const fbn_coefs *from, int64_t first, int64_t period, int64_t repeat,
+                      int64_t width, bool backward)
 {
     size_t size = fbn_coef_size(to->dtype);
     int count = backward ? FBN_COEF_COUNT : FBN_SLOPE;

@@ -29,10 +29,10 @@ void fbn_coefs_fill(fbn_coefs *c, const fbn_affine *affine, bool batch, const fb
 /* The kernels' view from channel `first` on. */
 fbn_coef fbn_coefs_at(const fbn_coefs *c, int64_t first);
 
-/* to[i] = from[first + (i / repeat) % period] for i < width: parameters for a panel, an apply step over several channels'
- * planes (width = period * repeat) or over several rows (repeat 1) at once. */
-void fbn_coefs_expand(fbn_coefs *to, const fbn_coefs *from, int64_t first, int64_t period, int64_t repeat, int64_t width,
-                      bool backward);
+/* to[i] = from[first + (i / repeat) % period] for i < width: parameters for a panel, an apply step over several
+ * channels' planes (width = period * repeat) or over several rows (repeat 1) at once. */
+void fbn_coefs_expand(fbn_coefs *to, const fbn_coefs *from, int64_t first, int64_t period, int64_t repeat,
+                      int64_t width, bool backward);
 
 double fbn_round_mean(fbn_dtype dtype, double mean);
 

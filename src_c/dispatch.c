@@ -50,10 +50,7 @@ static unsigned long long fbn_saved_state(void)
 #endif
 }
 
-static bool fbn_has(unsigned value, unsigned mask)
-{
-    return (value & mask) == mask;
-}
+static bool fbn_has(unsigned value, unsigned mask) { return (value & mask) == mask; }
 
 static bool fbn_can_avx2(void)
 {
@@ -127,17 +124,8 @@ bool fbn_dispatch(const char *cap)
     return true;
 }
 
-const fbn_tier *fbn_tier_at(int i)
-{
-    return i >= 0 && i < FBN_TIERS ? &fbn_tiers[i] : NULL;
-}
+const fbn_tier *fbn_tier_at(int i) { return i >= 0 && i < FBN_TIERS ? &fbn_tiers[i] : NULL; }
 
-const char *fbn_isa_name(void)
-{
-    return fbn_current->name;
-}
+const char *fbn_isa_name(void) { return fbn_current->name; }
 
-const fbn_kernels *fbn_kernels_for(fbn_dtype dtype)
-{
-    return &fbn_current->of[dtype];
-}
+const fbn_kernels *fbn_kernels_for(fbn_dtype dtype) { return &fbn_current->of[dtype]; }

@@ -10,39 +10,18 @@ typedef struct {
     int64_t stride[FBN_MAX_ARRAYS]; /* elements */
 } fbn_dim;
 
-static bool fbn_dims_merge(const fbn_dim *outer, const fbn_dim *inner, int count)
+static bool fbn_dims_merge(const fbn_dim *outer, const fbn_dim *inner, int array)
 {
-    for (int a = 0; a < count; a++) {
-        if (outer->stride[a] != inner->stride[a] * inner->size) {
-            return false;
-        }
-    }
-    return true;
+    return outer->stride[array] == inner->stride[array] * inner->size;
 }
 
-static bool fbn_all_unit(const fbn_dim *d, int count)
-{
-    for (int a = 0; a < count; a++) {
-        if (d->stride[a] != 1 && d->size != 1) {
-            return false;
-        }
-    }
-    return true;
-}
-
-static int64_t fbn_magnitude(int64_t x)
-{
-    return x < 0 ? -x : x;
-}
+static int64_t fbn_magnitude(int64_t x) { return x < 0 ? -x : x; }
 
 /* Where a dimension belongs, outermost first. A broadcast one is at home anywhere, and out of the way outside. */
-static int64_t fbn_rank(const fbn_dim *d)
-{
-    return d->stride[0] == 0 ? INT64_MAX : fbn_magnitude(d->stride[0]);
-}
+static int64_t fbn_rank(const fbn_dim *d) { return d->stride[0] == 0 ? INT64_MAX : fbn_magnitude(d->stride[0]); }
 
-bool fbn_collapse(fbn_dtype dtype, int ndim, int channel_axis, const intptr_t *shape, int count, const fbn_array *arrays,
-                  fbn_geometry *g, fbn_tensor *tensors)
+bool fbn_collapse(fbn_dtype dtype, int ndim, int channel_axis, const intptr_t *shape, int count,
+                  const fbn_array *arrays, fbn_geometry *g, fbn_tensor *tensors)
 {
     int64_t size = fbn_dtype_size(dtype);
     fbn_dim dims[FBN_MAX_DIMS];
@@ -86,7 +65,13 @@ bool fbn_collapse(fbn_dtype dtype, int ndim, int channel_axis, const intptr_t *s
     }
     int merged = n > 0;
     for (int d = 1; d < n; d++) {
-        if (fbn_dims_merge(&dims[merged - 1], &dims[d], count)) {
+        bool merge = fbn_dims_merge(&dims[merged - 1], &dims[d], 0);
+        for (int a = 1; merge && a < count; a++) {
+            if (!fbn_dims_merge(&dims[merged - 1], &dims[d], a)) {
+                return false;
+            }
+        }
+        if (merge) {
             int64_t whole = dims[merged - 1].size * dims[d].size;
             dims[merged - 1] = dims[d];
             dims[merged - 1].size = whole;
@@ -94,19 +79,23 @@ bool fbn_collapse(fbn_dtype dtype, int ndim, int channel_axis, const intptr_t *s
             dims[merged++] = dims[d];
         }
     }
-    fbn_dim one = {.size = 1, .stride = {1, 1, 1, 1}};
-    fbn_dim outer = one;
-    fbn_dim inner = one;
-    if (merged > 0 && fbn_all_unit(&dims[merged - 1], count)) {
+    fbn_dim outer = {.size = 1};
+    fbn_dim inner = {.size = 1};
+    const fbn_dim *unit = NULL;
+    if (merged > 0 && dims[merged - 1].stride[0] == 1) {
         g->family = FBN_ROWS;
-        inner = dims[merged - 1];
-        merged--;
-    } else if (fbn_all_unit(&channel, count)) {
+        inner = dims[--merged];
+        unit = &inner;
+    } else if (channel.size == 1 || channel.stride[0] == 1) {
         g->family = FBN_COLS;
-    } else if (merged == 0) {
-        g->family = FBN_ROWS;
+        unit = channel.size == 1 ? NULL : &channel;
     } else {
-        return false;
+        g->family = FBN_ROWS;
+    }
+    for (int a = 1; unit != NULL && a < count; a++) {
+        if (unit->stride[a] != 1) {
+            return false;
+        }
     }
     if (merged > 1) {
         return false;

@@ -104,7 +104,8 @@ static void fbn_copy_task(int tid, int team, void *context)
 fbn_status fbn_copy(const void *src, void *dst, int64_t bytes, int threads)
 {
     fbn_copy_call c = {src, dst, bytes};
-    if (src == NULL || dst == NULL || bytes < 0 || threads < 1 || (uintptr_t)src % 64 != 0 || (uintptr_t)dst % 64 != 0) {
+    if (src == NULL || dst == NULL || bytes < 0 || threads < 1 || (uintptr_t)src % 64 != 0 ||
+        (uintptr_t)dst % 64 != 0) {
         return FBN_BAD_ARGUMENT;
     }
     fbn_parallel(threads, fbn_copy_task, &c);

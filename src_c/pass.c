@@ -10,10 +10,7 @@
 /* How much of a tensor one step of an apply walk covers: small enough to share, large enough to call a kernel for. */
 enum { FBN_PIECE = 1 << 16, FBN_ROWS_BYTES = 1 << 16, FBN_COMBINE = 256, FBN_PANEL_TILE = 8, FBN_REACH = 4096 };
 
-static int64_t fbn_min(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
+static int64_t fbn_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static void *fbn_at(const fbn_tensor *t, int64_t size, int64_t o, int64_t c, int64_t i)
 {
@@ -27,8 +24,11 @@ int64_t fbn_gate_words(const fbn_geometry *g)
 
 int64_t fbn_gate_bytes(const fbn_geometry *g)
 {
+    if (!fbn_geometry_valid(g)) {
+        return -1;
+    }
     int64_t rows = g->family == FBN_ROWS ? g->outer * g->channels : g->outer;
-    return fbn_geometry_valid(g) ? rows * fbn_gate_words(g) * (int64_t)sizeof(uint16_t) : -1;
+    return rows * fbn_gate_words(g) * (int64_t)sizeof(uint16_t);
 }
 
 static uint16_t *fbn_gate_at(const fbn_pass *pass, int64_t o, int64_t c)
@@ -42,8 +42,7 @@ static uint16_t *fbn_gate_at(const fbn_pass *pass, int64_t o, int64_t c)
 
 static bool fbn_adjacent(const fbn_geometry *g, const fbn_tensor *t)
 {
-    return t->data == NULL ||
-           (g->family == FBN_ROWS ? t->channel_stride == g->inner : t->outer_stride == g->channels);
+    return t->data == NULL || (g->family == FBN_ROWS ? t->channel_stride == g->inner : t->outer_stride == g->channels);
 }
 
 bool fbn_pass_ready(fbn_pass *pass, const fbn_geometry *g, fbn_act act, fbn_op op, int threads)
@@ -159,7 +158,8 @@ static void fbn_reduce_rows(const fbn_pass *pass, fbn_partials *p, const fbn_blo
     };
     fbn_coef k = fbn_coefs_at(coefs, c);
     double hi = fbn_round_mean(g->dtype, mean[c]);
-    pass->kernels->backward_reduce_rows(&span, &k, pass->rule, g->outer, blocks, first, last, &hi, &p->a[at], &p->b[at]);
+    pass->kernels->backward_reduce_rows(&span, &k, pass->rule, g->outer, blocks, first, last, &hi, &p->a[at],
+                                        &p->b[at]);
 }
 
 /* Columns that are channels, or, in the rows family, the elements of short planes. */
@@ -264,8 +264,8 @@ void fbn_combine(const fbn_pass *pass, fbn_partials *p, int64_t first, int64_t l
 
 /* Rows [row, row + rows) of `width` elements that begin at channel c, as one call of a cols kernel. With `panel`, a row
  * is that many of the tensor's rows. Where no slab is to be fetched ahead, the next row is. */
-static void fbn_apply_block(const fbn_pass *pass, const fbn_coef *k, int64_t row, int64_t rows, int64_t c, int64_t width,
-                            int64_t panel, int64_t ahead)
+static void fbn_apply_block(const fbn_pass *pass, const fbn_coef *k, int64_t row, int64_t rows, int64_t c,
+                            int64_t width, int64_t panel, int64_t ahead)
 {
     int64_t size = fbn_dtype_size(pass->g.dtype);
     int64_t step = panel > 0 ? panel : 1;
@@ -337,8 +337,8 @@ static void fbn_apply_runs(const fbn_pass *pass, const fbn_coefs *coefs, int64_t
 }
 
 /* Panels of channels in the rows family: short planes of neighbouring channels as one long row. */
-static void fbn_apply_planes(const fbn_pass *pass, const fbn_coefs *coefs, fbn_coefs *panel, int64_t first, int64_t last,
-                             int64_t ahead, int64_t part, int64_t parts)
+static void fbn_apply_planes(const fbn_pass *pass, const fbn_coefs *coefs, fbn_coefs *panel, int64_t first,
+                             int64_t last, int64_t ahead, int64_t part, int64_t parts)
 {
     const fbn_geometry *g = &pass->g;
     int64_t wide = pass->plan.panel;
@@ -394,8 +394,8 @@ static void fbn_apply_rows(const fbn_pass *pass, const fbn_coefs *coefs, fbn_coe
         } else if (chunks > 1) {
             k = fbn_coefs_at(coefs, first);
         }
-        fbn_apply_block(pass, &k, row, fbn_min(tile, rows - row), first + c, fbn_min(chunk, width - c), fold > 1 ? fold : 0,
-                        ahead);
+        fbn_apply_block(pass, &k, row, fbn_min(tile, rows - row), first + c, fbn_min(chunk, width - c),
+                        fold > 1 ? fold : 0, ahead);
     }
     if (part == parts - 1 && g->outer % fold != 0) {
         k = fbn_coefs_at(panel, 0);

@@ -35,23 +35,14 @@ void fbn_machine_init(void)
 #endif
 }
 
-const fbn_machine *fbn_this_machine(void)
-{
-    return &fbn_machine_now;
-}
+const fbn_machine *fbn_this_machine(void) { return &fbn_machine_now; }
 
-int64_t fbn_dtype_size(fbn_dtype dtype)
-{
-    return dtype == FBN_F64 ? 8 : dtype == FBN_F32 ? 4 : 2;
-}
+int64_t fbn_dtype_size(fbn_dtype dtype) { return dtype == FBN_F64 ? 8 : dtype == FBN_F32 ? 4 : 2; }
 
 /* Bytes below which a parallel region costs more than it saves. */
 enum { FBN_SERIAL_BYTES = 128 << 10, FBN_PANEL_BYTES = 1024, FBN_PANEL_ROWS = 8, FBN_PANEL_WIDTH = 1024 };
 
-static bool fbn_two_phase(fbn_op op)
-{
-    return op == FBN_PLAN_FORWARD || op == FBN_PLAN_BACKWARD;
-}
+static bool fbn_two_phase(fbn_op op) { return op == FBN_PLAN_FORWARD || op == FBN_PLAN_BACKWARD; }
 
 static int64_t fbn_choose_slab(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, int team)
 {

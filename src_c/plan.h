@@ -7,7 +7,14 @@
 
 #include "fastbn.h"
 
-typedef enum { FBN_PLAN_MOMENTS, FBN_PLAN_FORWARD, FBN_PLAN_NORMALIZE, FBN_PLAN_REDUCE, FBN_PLAN_BACKWARD, FBN_PLAN_APPLY } fbn_op;
+typedef enum {
+    FBN_PLAN_MOMENTS,
+    FBN_PLAN_FORWARD,
+    FBN_PLAN_NORMALIZE,
+    FBN_PLAN_REDUCE,
+    FBN_PLAN_BACKWARD,
+    FBN_PLAN_APPLY
+} fbn_op;
 
 /* What the plan knows of the machine, in bytes. */
 typedef struct {
@@ -17,9 +24,9 @@ typedef struct {
 /* What the plan must know of a call beside its geometry. */
 typedef struct {
     fbn_op op;
-    int threads;    /* the most that may be used */
-    bool gated;     /* a gate is read or written */
-    bool adjacent;  /* rows: planes of neighbouring channels touch; cols: rows touch. In every tensor of the call */
+    int threads;   /* the most that may be used */
+    bool gated;    /* a gate is read or written */
+    bool adjacent; /* rows: planes of neighbouring channels touch; cols: rows touch. In every tensor of the call */
 } fbn_call;
 
 typedef struct {

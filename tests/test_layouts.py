@@ -380,8 +380,7 @@ COLLAPSIBLE = {
 def test_what_collapses_is_not_copied(name, rng):
     """NumPy tells tracemalloc of every array: a call allocates its results and little more."""
     x, axis = COLLAPSIBLE[name](normal(rng, (20, 16, 40, 32), np.float32))
-    grad_output, residual, out = np.empty_like(x), np.empty_like(x), np.empty_like(x)
-    grad_output[...] = residual[...] = x
+    grad_output, residual, out = x + 0, x + 0, x + 0
     _, saved = fastbn.batch_norm_forward(x, channel_axis=axis)
     m = fastbn.moments(x, channel_axis=axis)
     sums = fastbn.backward_reduce(grad_output, x, m.mean, channel_axis=axis)
@@ -400,6 +399,36 @@ def test_what_collapses_is_not_copied(name, rng):
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < x.nbytes / 20
+
+
+WALKS = {
+    "as_it_is": lambda x: x.copy(),
+    "images_backwards": lambda x: x[::-1].copy()[::-1],
+    "columns_backwards": lambda x: x[..., ::-1].copy()[..., ::-1],
+    "transposed_planes": lambda x: x.swapaxes(2, 3).copy().swapaxes(2, 3),
+    "channels_last": lambda x: x.transpose(0, 2, 3, 1).copy().transpose(0, 3, 1, 2),
+    "channels_first": lambda x: x.swapaxes(0, 1).copy().swapaxes(0, 1),
+    "between_images": lambda x: np.concatenate([x, x], axis=1)[:, : x.shape[1]],
+    "between_rows": lambda x: np.concatenate([x, x], axis=2)[:, :, : x.shape[2]],
+    "between_columns": lambda x: np.concatenate([x, x], axis=3)[..., : x.shape[3]],
+    "big_endian": lambda x: x.astype(x.dtype.newbyteorder(">")),
+}
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5, 5), (1, 4, 5, 5), (3, 1, 5, 5), (20, 1, 1, 1)])
+@pytest.mark.parametrize("after", WALKS)
+@pytest.mark.parametrize("before", WALKS)
+def test_x_may_move_before_the_backward(before, after, shape, rng):
+    """The gate of an activation after a residual finds its elements again. Red where the backward takes x's own geometry
+    for the forward's (`follows` of arrange always true).
+    """
+    x, residual, grad_output = (normal(rng, shape, np.float32) for _ in range(3))
+    _, saved = fastbn.batch_norm_forward(x, activation="relu", residual=residual)
+    expected = fastbn.batch_norm_backward(grad_output, x, saved)
+    _, saved = fastbn.batch_norm_forward(WALKS[before](x), activation="relu", residual=residual)
+    found = fastbn.batch_norm_backward(grad_output, WALKS[after](x), saved)
+    np.testing.assert_array_equal(found[-1], expected[-1])
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space of a child")

@@ -25,7 +25,8 @@ static inline void fbn_two_sum(double a, double b, double *hi, double *lo)
 
 /* Moments of `count` numbers from s = sum (x - pivot) and q = sum (x - pivot)^2. The pivot is one of the numbers, which
  * bounds the cancellation and makes a constant block exact. */
-static inline void fbn_moment_of_block(double count, double pivot, double s, double q, double *mean, double *lo, double *m2)
+static inline void fbn_moment_of_block(double count, double pivot, double s, double q, double *mean, double *lo,
+                                       double *m2)
 {
     double shift = s / count;
     double rest = q - s * shift;
@@ -60,7 +61,7 @@ static inline fbn_moment fbn_merge(fbn_moment a, fbn_moment b)
 typedef struct {
     double huge;              /* x - mean cannot overflow while |mean| is below */
     double smallest, largest; /* normal numbers */
-    double unit;              /* scales numbers beyond `huge` back into range, and its inverse those that are too small */
+    double unit; /* scales numbers beyond `huge` back into range, and its inverse those that are too small */
 } fbn_range;
 
 /* Coefficients of z = (x * unit + neg_mean) * scale + shift and of dx = (dz + d * slope) * gain + offset. */
@@ -119,10 +120,7 @@ static inline void fbn_backward_of(fbn_channel_coef *c, double mean, double lo, 
 }
 
 /* A pivot must not turn finite neighbours into NaN. */
-static inline double fbn_pivot(double x)
-{
-    return isfinite(x) ? x : 0.0;
-}
+static inline double fbn_pivot(double x) { return isfinite(x) ? x : 0.0; }
 
 /* The blocks of a channel in the rows family: whole planes together where a plane is short, even pieces of a plane
  * where it is long. They follow from the channel's geometry alone: never from threads, caches,
@@ -140,15 +138,9 @@ typedef struct {
     int64_t strips;    /* runs of blocks that may go to different threads */
 } fbn_blocks;
 
-static inline int64_t fbn_ceil_div(int64_t a, int64_t b)
-{
-    return a / b + (a % b != 0);
-}
+static inline int64_t fbn_ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
-static inline int64_t fbn_clamp(int64_t x, int64_t low, int64_t high)
-{
-    return x < low ? low : x > high ? high : x;
-}
+static inline int64_t fbn_clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
 static inline fbn_blocks fbn_blocks_rows(int64_t outer, int64_t inner)
 {
@@ -163,16 +155,10 @@ static inline fbn_blocks fbn_blocks_rows(int64_t outer, int64_t inner)
 }
 
 /* The cols family: strips of rows; within a strip, blocks of FBN_BLOCK_ROWS rows. */
-static inline int64_t fbn_strips_cols(int64_t rows)
-{
-    return fbn_clamp(rows / FBN_STRIP_ROWS, 1, FBN_STRIPS);
-}
+static inline int64_t fbn_strips_cols(int64_t rows) { return fbn_clamp(rows / FBN_STRIP_ROWS, 1, FBN_STRIPS); }
 
 /* Short planes: strips of planes. */
-static inline int64_t fbn_strips_planes(int64_t planes)
-{
-    return fbn_clamp(planes / 64, 1, FBN_STRIPS);
-}
+static inline int64_t fbn_strips_planes(int64_t planes) { return fbn_clamp(planes / 64, 1, FBN_STRIPS); }
 
 /* The i-th of n even parts of `total` begins here; the same rule cuts strips and the shares of threads. */
 static inline int64_t fbn_part(int64_t total, int64_t i, int64_t n)

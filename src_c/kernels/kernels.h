@@ -1,7 +1,8 @@
 /* kernels.h -- the registry: every operation, every dtype, and the table that each ISA exports.
  *
  * To add an operation: a line in FBN_OPS and its body in a template of this folder. To add a dtype: a line in
- * FBN_DTYPES_EACH and a section in template.inc. To add an ISA: a header in simd/, a file in isa/, a line in dispatch.c.
+ * FBN_DTYPES_EACH and a section in template.inc. To add an ISA: a header in simd/, a file in isa/, a line in
+ * dispatch.c.
  */
 #ifndef FASTBN_KERNELS_H
 #define FASTBN_KERNELS_H
@@ -41,31 +42,31 @@ typedef struct {
 } fbn_span;
 
 #define FBN_OPS(OP)                                                                                                    \
-    /* Moments of blocks [first, last) of one channel. */                                                             \
+    /* Moments of blocks [first, last) of one channel. */                                                              \
     OP(moments_rows, (const void *x, int64_t outer_stride, int64_t outer, int64_t inner, const fbn_blocks *blocks,     \
                       int64_t first, int64_t last, int64_t ahead, fbn_moment *out))                                    \
     /* Moments of `rows` rows of `width` channels. */                                                                  \
-    OP(moments_cols, (const void *x, int64_t stride, int64_t rows, int64_t width, double *mean, double *lo,            \
-                      double *m2))                                                                                     \
+    OP(moments_cols,                                                                                                   \
+       (const void *x, int64_t stride, int64_t rows, int64_t width, double *mean, double *lo, double *m2))             \
     /* Moments of channels whose planes of `inner` elements lie side by side. */                                       \
     OP(moments_planes, (const void *x, int64_t stride, int64_t rows, int64_t channels, int64_t inner, double *mean,    \
                         double *lo, double *m2))                                                                       \
     /* y = act((x - mean) * scale + shift + residual) */                                                               \
     OP(normalize_rows, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                     \
     OP(normalize_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                     \
-    /* sum dz and sum dz * (x - mean[c]) over the same blocks and rows as the moments; with inner > 0 the columns are      \
-     * planes of that many elements, and k has a coefficient for every column */                                        \
-    OP(backward_reduce_rows, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule, int64_t outer,                 \
-                              const fbn_blocks *blocks, int64_t first, int64_t last, const double *mean,               \
-                              double *sum_dy, double *sum_dy_xmu))                                                     \
+    /* sum dz and sum dz * (x - mean[c]) over the same blocks and rows as the moments; with inner > 0 the columns are  \
+     * planes of that many elements, and k has a coefficient for every column */                                       \
+    OP(backward_reduce_rows,                                                                                           \
+       (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule, int64_t outer, const fbn_blocks *blocks,             \
+        int64_t first, int64_t last, const double *mean, double *sum_dy, double *sum_dy_xmu))                          \
     OP(backward_reduce_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule, int64_t inner,                 \
-                              const double *mean, double *sum_dy, double *sum_dy_xmu))                                                                        \
+                              const double *mean, double *sum_dy, double *sum_dy_xmu))                                 \
     /* dx = (dz + (x - mean) * slope) * gain + offset */                                                               \
     OP(backward_apply_rows, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                \
     OP(backward_apply_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                \
     /* bytes past the cache; both aligned to 64, bytes a multiple of 64 */                                             \
     OP(copy, (const void *src, void *dst, int64_t bytes))                                                              \
-    /* makes streamed stores visible to other threads */                                                              \
+    /* makes streamed stores visible to other threads */                                                               \
     OP(fence, (void))
 
 #define FBN_DTYPES_EACH(DT) DT(f32, FBN_F32) DT(f64, FBN_F64) DT(f16, FBN_F16) DT(bf16, FBN_BF16)

@@ -13,8 +13,10 @@ typedef struct {
     __m256d a, b, c, d;
 } v_f64;
 
-#define V_MAP_F32(op) return (v_f32) { op(x.a, y.a), op(x.b, y.b) }
-#define V_MAP_F64(op) return (v_f64) { op(x.a, y.a), op(x.b, y.b), op(x.c, y.c), op(x.d, y.d) }
+#define V_MAP_F32(op)                                                                                                  \
+    return (v_f32) { op(x.a, y.a), op(x.b, y.b) }
+#define V_MAP_F64(op)                                                                                                  \
+    return (v_f64) { op(x.a, y.a), op(x.b, y.b), op(x.c, y.c), op(x.d, y.d) }
 
 static inline v_f32 v_set1_f32(float x)
 {
@@ -100,9 +102,9 @@ static inline __m256d v_lanes_f64(unsigned bits)
 
 static inline v_f64 v_select_bits_f64(unsigned bits, v_f64 yes, v_f64 no)
 {
-    return (v_f64){_mm256_blendv_pd(no.a, yes.a, v_lanes_f64(bits)), _mm256_blendv_pd(no.b, yes.b, v_lanes_f64(bits >> 4)),
-                   _mm256_blendv_pd(no.c, yes.c, v_lanes_f64(bits >> 8)),
-                   _mm256_blendv_pd(no.d, yes.d, v_lanes_f64(bits >> 12))};
+    return (v_f64){
+        _mm256_blendv_pd(no.a, yes.a, v_lanes_f64(bits)), _mm256_blendv_pd(no.b, yes.b, v_lanes_f64(bits >> 4)),
+        _mm256_blendv_pd(no.c, yes.c, v_lanes_f64(bits >> 8)), _mm256_blendv_pd(no.d, yes.d, v_lanes_f64(bits >> 12))};
 }
 
 static inline v_f32 v_load_f32(const float *p) { return (v_f32){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -186,7 +188,8 @@ static inline v_f32 v_load_f16(const uint16_t *p)
 
 static inline __m256i v_pack_f16(v_f32 x)
 {
-    return _mm256_set_m128i(_mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
+    return _mm256_set_m128i(_mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT),
+                            _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
 }
 
 static inline __m256 v_unpack_bf16(__m128i h)

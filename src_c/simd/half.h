@@ -22,10 +22,7 @@ static inline float half_float(uint32_t u)
     return f;
 }
 
-static inline float half_from_bf16(uint16_t h)
-{
-    return half_float((uint32_t)h << 16);
-}
+static inline float half_from_bf16(uint16_t h) { return half_float((uint32_t)h << 16); }
 
 static inline uint16_t half_to_bf16(float f)
 {
