@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import _native
@@ -83,9 +82,9 @@ def batch_norm(
 
     Notes
     -----
-    ``y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``: Algorithm 1 (training) and 2 (inference)
-    of Ioffe & Szegedy, "Batch Normalization" (2015), https://arxiv.org/abs/1502.03167. On any error all arrays are as
-    they were.
+    ``y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``: Algorithm 1 (training) and 2
+    (inference) of Ioffe & Szegedy, "Batch Normalization" (2015), https://arxiv.org/abs/1502.03167. On any error all
+    arrays are as they were.
 
     Examples
     --------
@@ -222,8 +221,8 @@ def batch_norm_backward(
 
     Notes
     -----
-    With ``dz`` the gradient behind the activation and ``n`` elements per channel, the chain rule of section 3 of Ioffe &
-    Szegedy (2015) simplifies to ``dx = weight / sqrt(var + eps) * (dz - sum(dz) / n - xhat * sum(dz * xhat) / n)``,
+    With ``dz`` the gradient behind the activation and ``n`` elements per channel, the chain rule of section 3 of Ioffe
+    & Szegedy (2015) simplifies to ``dx = weight / sqrt(var + eps) * (dz - sum(dz) / n - xhat * sum(dz * xhat) / n)``,
     ``dweight = sum(dz * xhat)`` and ``dbias = sum(dz)``.
 
     Examples
@@ -311,8 +310,8 @@ def normalize(
 
     Notes
     -----
-    ``(x - mean) / sqrt(var + eps) * weight + bias``: Algorithm 2 of Ioffe & Szegedy (2015). The mean is subtracted before
-    anything is multiplied, so a large mean costs no digits.
+    ``(x - mean) / sqrt(var + eps) * weight + bias``: Algorithm 2 of Ioffe & Szegedy (2015). The mean is subtracted
+    before anything is multiplied, so a large mean costs no digits.
 
     Examples
     --------

@@ -419,8 +419,8 @@ WALKS = {
 @pytest.mark.parametrize("after", WALKS)
 @pytest.mark.parametrize("before", WALKS)
 def test_x_may_move_before_the_backward(before, after, shape, rng):
-    """The gate of an activation after a residual finds its elements again. Red where the backward takes x's own geometry
-    for the forward's (`follows` of arrange always true).
+    """The gate of an activation after a residual finds its elements again. Red where the backward takes the geometry of
+    its own x for the forward's (arrange without the comparison of strides).
     """
     x, residual, grad_output = (normal(rng, shape, np.float32) for _ in range(3))
     _, saved = fastbn.batch_norm_forward(x, activation="relu", residual=residual)
