@@ -1,0 +1,33 @@
+"""__main__ -- ``python -m fastbn``: what the package offers on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+
+import fastbn
+from fastbn._bench import cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m fastbn", description="Batch normalization on CPUs.")
+    commands = parser.add_subparsers(metavar="command", required=True)
+
+    bench = commands.add_parser("bench", help="measure fastbn against the speed of memory", description=cli.__doc__)
+    cli.add_arguments(bench)
+    cli.add_outputs(bench)
+    bench.set_defaults(run=cli.bench, command_line=f"python -m fastbn {shlex.join(argv)}")
+
+    config = commands.add_parser("config", help="show which kernels run here, on how many threads, and why")
+    config.set_defaults(run=lambda _: fastbn.show_config())
+
+    args = parser.parse_args(argv)
+    return args.run(args) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""test_bench -- ``python -m fastbn bench`` tells what is right, says what it measured, and never what it did not.
+
+Nothing here looks at a time. Seeded bug that turns it red: an engine that does not spoil the output between contenders,
+so that one that writes nothing passes for the one before it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tolerance
+import twin
+
+import fastbn
+from fastbn.__main__ import main
+from fastbn._bench import cases, cli, data, engine, peers, report
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ["bench", "--shapes", "3x16x5x4", "60x100", "--seconds", "0", "--threads", "1", "2"]
+
+
+def test_bench_end_to_end(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table: python -m fastbn bench -->\nold\n<!-- end of table -->\nafter\n")
+    found = tmp_path / "found.json"
+    shapes = ["--shapes", "3x16x56x56", "--ops", "forward", "backward"]
+    command = ["bench", *shapes, "--seconds", "0", "--peers", "numpy", "--json", str(found), "--markdown", str(page)]
+    assert main(command) == 0
+
+    groups = json.loads(found.read_text())["groups"]
+    assert [g["op"] for g in groups] == ["forward", "backward"]
+    for group in groups:
+        copy, *others = group["results"]
+        assert (copy["contender"], copy["multiple"], copy["correct"]) == ("copy", 1, None)
+        assert [r["contender"].split(" fresh")[0] for r in others] == ["fastbn NCHW", "fastbn NHWC", "NumPy NCHW"]
+        for result in others:
+            assert result["correct"] is True
+            assert result["multiple"] == pytest.approx(result["median"] / copy["median"])
+            assert result["fastest"] <= result["median"] <= result["slowest"]
+
+    out = capsys.readouterr().out
+    assert "All results are correct." in out
+    multiple = f"{groups[0]['results'][1]['multiple']:.2f}"
+    assert f" {multiple} " in out
+
+    text = page.read_text()
+    assert text.startswith(f"before\n<!-- table: python -m fastbn {' '.join(command)} -->\n|")
+    assert text.endswith("<!-- end of table -->\nafter\n")
+    assert "old" not in text
+    assert f"| fastbn NCHW | {multiple} |" in text
+    assert report.MARKED.search(text)
+
+
+def test_every_kind_of_case_runs(capsys):
+    options = ["--ops", *cases.OPS, "--fuse", *cases.FUSIONS, "--out", "both", "--peers", "numpy"]
+    assert main([*QUICK, *options]) == 0
+    out = capsys.readouterr().out
+    for op in cases.OPS:
+        assert f"\n{op}, residual+relu, float32, 2 threads: microseconds" in out
+
+
+@pytest.mark.parametrize("name", cases.ITEMSIZE)
+def test_every_dtype_runs(name):
+    if name == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    assert main([*QUICK, "--dtypes", name, "--fuse", "none", "residual+relu"]) == 0
+
+
+@pytest.mark.parametrize("name", cli.PEERS)
+def test_peers_are_correct(name):
+    """A peer that is asked the wrong question would lose or win for the wrong reason."""
+    try:
+        peer = cli.PEERS[name]()
+    except ImportError as error:
+        pytest.skip(str(error))
+    taken_part = 0
+    for op in cases.OPS:
+        for fuse in cases.FUSIONS:
+            for shape in ((3, 16, 5, 4), (60, 100)):
+                case = cases.Case(op, shape, fuse=fuse)
+                tensors = data.Tensors(shape, "float32")
+                field = [e.make(case, tensors) for e in peers.entries(case, [peer], ("NCHW", "NHWC"), (False, True))]
+                errors, allowed = engine.check(case, tensors, field)
+                assert errors[0] is None
+                assert all(error <= allowed for error in errors[1:])
+                taken_part += len(errors) - 1
+    assert taken_part > 0
+
+
+def test_a_wrong_result_is_told(monkeypatch, capsys):
+    forward = fastbn.batch_norm_forward
+
+    def wrong(x, *arguments, out, **options):
+        y, saved = forward(x, *arguments, out=out, **options)
+        y[-1, -1] += np.float32(1e-3)
+        return y, saved
+
+    monkeypatch.setattr(fastbn, "batch_norm_forward", wrong)
+    assert main(["bench", "--shapes", "3x16x56x56", "--ops", "forward", "inference", "--seconds", "0"]) == 1
+    forward_table, inference_table, verdict = capsys.readouterr().out.strip().split("\n\n")[1:]
+    assert forward_table.count("!") == 2
+    assert "!" not in inference_table
+    assert verdict.endswith("(2)")
+
+
+def test_a_call_that_writes_nothing_is_wrong():
+    case, tensors = cases.Case("inference", (3, 16, 5, 4)), data.Tensors((3, 16, 5, 4), "float32")
+    good = peers.Entry(peers.Fastbn(), "NCHW").make(case, tensors)
+    idle = peers.Contender("idle", lambda: tensors.out("NCHW"), good.results)
+    (right, wrong), _ = engine.check(case, tensors, [good, idle])
+    assert right < 4
+    assert wrong == np.inf
+
+
+def test_contenders_take_turns():
+    """As many for each, and not one contender after the other."""
+    turns = []
+    samples = engine.measure([lambda i=i: turns.append(i) for i in range(3)], 0)
+    assert [len(s) for s in samples] == [engine.MIN_ROUNDS] * 3
+    runs = [i for i, before in zip(turns, [None, *turns], strict=False) if i != before]
+    assert len(runs) >= 2 * engine.MIN_ROUNDS
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NCHW8c", "NCHW16c"])
+def test_layouts(layout):
+    a = np.arange(2 * 32 * 3 * 4).reshape(2, 32, 3, 4)
+    there = data.to_layout(a, layout)
+    assert np.array_equal(data.logical(there, layout), a)
+    if layout == "NCHW8c":
+        assert there.shape == (2, 4, 3, 4, 8)
+        assert there[1, 2, 1, 3, 5] == a[1, 2 * 8 + 5, 1, 3]
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
+@pytest.mark.parametrize("fuse", cases.FUSIONS)
+@pytest.mark.parametrize("training", [True, False])
+def test_reference_is_the_twin(name, fuse, training):
+    """What judges in the field is judged by what judges in the tests."""
+    case = cases.Case("backward" if training else "inference", (5, 7, 3, 2), name, fuse)
+    t = data.Tensors(case.shape, name)
+    x, dy, residual = (t.get(n, "NCHW") for n in ("x", "dy", "residual"))
+    options = {"residual": residual if case.residual else None, "activation": "relu" if case.relu else None}
+    found = data.reference(
+        x,
+        t.weight,
+        t.bias,
+        None if training else (t.mean, t.var),
+        dy if training else None,
+        options["residual"],
+        case.relu,
+    )
+    if not training:
+        y = twin.normalize(x, t.mean, t.var, t.weight, t.bias, **options)
+        assert np.allclose(found["y"].value, y, rtol=1e-14, atol=1e-14)
+        return
+    y, saved = twin.batch_norm_forward(x, t.weight, t.bias, **options)
+    gradients = twin.batch_norm_backward(dy, None, saved, t.weight, t.bias)
+    for key, expected in zip(("y", "dx", "dw", "db", "dr"), (y, *gradients), strict=False):
+        assert np.allclose(found[key].value, expected, rtol=1e-14, atol=1e-13), key
+
+
+@pytest.mark.parametrize("name", cases.ITEMSIZE)
+def test_error_counts_ulps(name):
+    if name == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    dtype = data.dtype_of(name)
+    value = np.array([0.25, 1.0, -100.0])
+    expected = data.Expected(value, np.maximum(1, np.abs(value)))
+    assert data.epsilon(dtype) == tolerance.epsilon(dtype)
+    assert data.error(value.astype(dtype), expected) == 0
+    assert data.error((value * (1 + 2 * data.epsilon(dtype))).astype(dtype), expected) == 2
+    assert data.error(np.array([0.25, np.nan, -100.0]).astype(dtype), expected) == np.inf
+
+
+def test_full_has_all_there_is():
+    full = cases.union(cases.FULL, 2)
+    assert {c.op for c in full} == set(cases.OPS)
+    assert {c.dtype for c in full} == set(cases.ITEMSIZE)
+    assert {c.fuse for c in full} == set(cases.FUSIONS)
+    assert {c.threads for c in full} == {1, 2}
+    assert {c.shape for c in full} == {shape for shapes in cases.SHAPES.values() for shape in shapes}
+    assert max(c.nbytes for c in full) > 1 << 31
+    assert len(set(full)) == len(full)
+    assert set(cases.union(cases.SHORT, 2)) <= set(full)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--shapes", "32x0x4"], "32x0x4"),
+        (["--shapes", "resnet"], "expected one of resnet50"),
+        (["--threads", "0"], "expected a number of threads or all"),
+        (["--peers", "caffe"], "invalid choice: 'caffe'"),
+        (["--markdown", str(ROOT / "LICENSE")], "LICENSE has no table of python -m fastbn bench"),
+    ],
+)
+def test_wrong_options_are_told(options, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", *options])
+    assert message in f"{stopped.value.code} {capsys.readouterr().err}"
+
+
+def test_a_peer_that_is_missing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit, match="torch is not installed"):
+        main([*QUICK, "--peers", "torch"])
+    assert main([*QUICK, "--ops", "inference", "--peers", "all"]) == 0
+    assert "without torch: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_progress(installed, monkeypatch, capsys):
+    if installed:
+        pytest.importorskip("tqdm")
+    else:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert list(report.progress(["one", "two"])) == ["one", "two"]
+    assert "two" in capsys.readouterr().err
+
+
+def test_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = tmp_path / "found.png"
+    shapes = ["--shapes", "3x16x56x56", "4096x16"]
+    assert main(["bench", *shapes, "--seconds", "0", "--peers", "numpy", "--picture", str(found)]) == 0
+    assert found.read_bytes().startswith(b"\x89PNG")
+
+
+def test_readme_has_a_place_for_the_table():
+    assert report.MARKED.search((ROOT / "README.md").read_text())
+
+
+def test_config(capsys):
+    assert main(["config"]) == 0
+    assert f"chosen: {fastbn.show_config('dicts')['isa']['chosen']}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_suite(tmp_path):
+    """benchmarks/ measures what the command does, and records multiples and correctness."""
+    found = tmp_path / "found.json"
+    options = ["--bench", "--shapes 60x100 --ops forward inference --seconds 0 --peers numpy"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", *options]
+    command += [f"--benchmark-json={found}", "--benchmark-max-time=0.01"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    groups = {}
+    for benchmark in json.loads(found.read_text())["benchmarks"]:
+        groups.setdefault(benchmark["group"], []).append(benchmark["extra_info"])
+    assert len(groups) == 2
+    for members in groups.values():
+        assert [m["contender"] for m in members] == ["copy", "fastbn NC", "NumPy NC"]
+        assert [m["correct"] for m in members] == [None, True, True]
+        assert members[0]["multiple"] == 1
