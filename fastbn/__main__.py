@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import fastbn
+from fastbn import _selftest
 from fastbn._bench import cli
 
 
@@ -21,6 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_arguments(bench)
     cli.add_outputs(bench)
     bench.set_defaults(run=cli.bench, command_line=f"python -m fastbn {shlex.join(argv)}")
+
+    selftest = commands.add_parser(
+        "selftest", help="check the promised exactness on this CPU", description=_selftest.__doc__
+    )
+    selftest.set_defaults(run=lambda _: _selftest.selftest())
 
     config = commands.add_parser("config", help="show which kernels run here, on how many threads, and why")
     config.set_defaults(run=lambda _: fastbn.show_config())

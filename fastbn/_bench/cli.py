@@ -13,7 +13,7 @@ from pathlib import Path
 import fastbn
 from fastbn._bench import report
 from fastbn._bench.cases import FULL, FUSIONS, ITEMSIZE, OPS, SHAPES, SHORT, Case, parse_shape, union
-from fastbn._bench.data import Tensors
+from fastbn._bench.data import Tensors, is_known
 from fastbn._bench.engine import Group, run
 from fastbn._bench.onednn import OneDNN
 from fastbn._bench.peers import Entry, Fastbn, NumPy, OnnxRuntime, Peer, Torch, entries
@@ -53,7 +53,11 @@ def cases(args: argparse.Namespace) -> list[Case]:
     """The cases that the options select."""
     names = ("shapes", "ops", "dtypes", "fuse", "threads")
     chosen = {name: tuple(value) for name in names if (value := getattr(args, name))}
-    return union([dataclasses.replace(s, **chosen) for s in (FULL if args.full else SHORT)], fastbn.get_num_threads())
+    selections = [dataclasses.replace(s, **chosen) for s in (FULL if args.full else SHORT)]
+    found = union(selections, fastbn.get_num_threads())
+    if not all(is_known(case.dtype) for case in found):
+        print("without bfloat16: no module ml_dtypes", file=sys.stderr)
+    return [case for case in found if is_known(case.dtype)]
 
 
 def peers(args: argparse.Namespace) -> list[Peer]:

@@ -69,8 +69,7 @@ def check(case: Case, tensors: Tensors, field: Sequence[Contender]) -> tuple[lis
     errors: list[float | None] = []
     for contender in field:
         tensors.spoil()
-        results = contender.results(contender.run())
-        errors.append(expected.error(results) if results else None)
+        errors.append(max(expected.errors(contender.results(contender.run())).values(), default=None))
     return errors, expected.tolerance
 
 

@@ -27,6 +27,8 @@ ARGUMENTS |= {"dx": 129, "dy": 145, "dw": 255, "db": 256}
 
 
 class _Argument(ctypes.Structure):
+    index: int
+    memory: int | None
     _fields_ = (("index", ctypes.c_int), ("memory", ctypes.c_void_p))
 
 

@@ -97,7 +97,7 @@ def tables(groups: Sequence[Group]) -> str:
         if len(members) > 1 and not case.small:
             rows.append(["geometric mean", "", *map(_mean, columns.values())])
         unit = "microseconds" if case.small else f"multiples of the streaming copy, limit {case.limit:g}"
-        parts.append("\n".join([f"{case.title}: {unit}", *_aligned(rows)]))
+        parts.append("\n".join([f"{case.title}: {unit}", *aligned(rows)]))
     wrong = sum(r.correct is False for g in groups for r in g.results)
     parts.append(f"! beside a time: the result is not correct ({wrong})" if wrong else "All results are correct.")
     return "\n\n".join(parts)
@@ -109,7 +109,7 @@ def _cell(case: Case, result: Result | None) -> str:
     return f"{result.median * 1e6 if case.small else result.multiple:.2f}" + "!" * (result.correct is False)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
