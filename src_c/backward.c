@@ -30,10 +30,10 @@ static void fbn_backward_slab(void *context, int tid, int64_t first, int64_t las
     fbn_backward_call *b = context;
     fbn_coefs coefs = b->work.coefs; /* the same arrays, but this slab's own flags */
     fbn_coefs_fill(&coefs, &b->affine, b->batch, NULL, first, last);
-    fbn_reduce(&b->work.pass, &b->work.partials, b->affine.mean, &coefs, &b->work.panels[tid], first, last, 0, 1);
+    fbn_reduce(&b->work.pass, &b->work.partials, b->affine.mean, &coefs, &b->work.rooms[tid], first, last, 0, 1);
     fbn_backward_settle(b, first, last);
     fbn_coefs_fill(&coefs, &b->affine, b->batch, &b->sums, first, last);
-    fbn_apply_pass(&b->work.pass, &coefs, &b->work.panels[tid], first, last, ahead, 0, 1);
+    fbn_apply_pass(&b->work.pass, &coefs, &b->work.rooms[tid], first, last, ahead, 0, 1);
 }
 
 static void fbn_backward_slabs(int tid, int team, void *context)
@@ -45,14 +45,14 @@ static void fbn_backward_slabs(int tid, int team, void *context)
 static void fbn_backward_reduce_task(int tid, int team, void *context)
 {
     fbn_backward_call *b = context;
-    fbn_reduce(&b->work.pass, &b->work.partials, b->affine.mean, &b->work.coefs, &b->work.panels[tid], 0,
+    fbn_reduce(&b->work.pass, &b->work.partials, b->affine.mean, &b->work.coefs, &b->work.rooms[tid], 0,
                b->work.pass.g.channels, tid, team);
 }
 
 static void fbn_backward_apply_task(int tid, int team, void *context)
 {
     fbn_backward_call *b = context;
-    fbn_apply_pass(&b->work.pass, &b->work.coefs, &b->work.panels[tid], 0, b->work.pass.g.channels, 0, tid, team);
+    fbn_apply_pass(&b->work.pass, &b->work.coefs, &b->work.rooms[tid], 0, b->work.pass.g.channels, 0, tid, team);
 }
 
 static void fbn_backward_reduce_all(fbn_backward_call *b)

@@ -29,9 +29,9 @@ static void fbn_forward_slab(void *context, int tid, int64_t first, int64_t last
 {
     fbn_forward_call *f = context;
     fbn_coefs coefs = f->work.coefs; /* the same arrays, but this slab's own flags */
-    fbn_reduce(&f->work.pass, &f->work.partials, NULL, NULL, NULL, first, last, 0, 1);
+    fbn_reduce(&f->work.pass, &f->work.partials, NULL, NULL, &f->work.rooms[tid], first, last, 0, 1);
     fbn_forward_settle(f, &coefs, first, last);
-    fbn_apply_pass(&f->work.pass, &coefs, &f->work.panels[tid], first, last, ahead, 0, 1);
+    fbn_apply_pass(&f->work.pass, &coefs, &f->work.rooms[tid], first, last, ahead, 0, 1);
 }
 
 static void fbn_forward_slabs(int tid, int team, void *context)
@@ -43,13 +43,14 @@ static void fbn_forward_slabs(int tid, int team, void *context)
 static void fbn_forward_reduce(int tid, int team, void *context)
 {
     fbn_forward_call *f = context;
-    fbn_reduce(&f->work.pass, &f->work.partials, NULL, NULL, NULL, 0, f->work.pass.g.channels, tid, team);
+    fbn_reduce(&f->work.pass, &f->work.partials, NULL, NULL, &f->work.rooms[tid], 0, f->work.pass.g.channels, tid,
+               team);
 }
 
 static void fbn_forward_apply(int tid, int team, void *context)
 {
     fbn_forward_call *f = context;
-    fbn_apply_pass(&f->work.pass, &f->work.coefs, &f->work.panels[tid], 0, f->work.pass.g.channels, 0, tid, team);
+    fbn_apply_pass(&f->work.pass, &f->work.coefs, &f->work.rooms[tid], 0, f->work.pass.g.channels, 0, tid, team);
 }
 
 fbn_status fbn_forward(const fbn_geometry *g, fbn_tensor x, const fbn_tensor *residual, fbn_tensor y, uint8_t *gate,

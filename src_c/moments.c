@@ -5,7 +5,7 @@
 static void fbn_moments_task(int tid, int team, void *context)
 {
     fbn_work *w = context;
-    fbn_reduce(&w->pass, &w->partials, NULL, NULL, NULL, 0, w->pass.g.channels, tid, team);
+    fbn_reduce(&w->pass, &w->partials, NULL, NULL, &w->rooms[tid], 0, w->pass.g.channels, tid, team);
 }
 
 fbn_status fbn_moments_of(const fbn_geometry *g, fbn_tensor x, int threads, fbn_moments *out)

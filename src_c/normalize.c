@@ -41,7 +41,7 @@ typedef struct {
 static void fbn_normalize_task(int tid, int team, void *context)
 {
     fbn_normalize_call *n = context;
-    fbn_apply_pass(&n->work.pass, n->coefs, &n->work.panels[tid], 0, n->work.pass.g.channels, 0, tid, team);
+    fbn_apply_pass(&n->work.pass, n->coefs, &n->work.rooms[tid], 0, n->work.pass.g.channels, 0, tid, team);
 }
 
 fbn_status fbn_apply(const fbn_geometry *g, fbn_tensor x, const fbn_tensor *residual, fbn_tensor y, uint8_t *gate,
@@ -57,7 +57,7 @@ fbn_status fbn_apply(const fbn_geometry *g, fbn_tensor x, const fbn_tensor *resi
         return FBN_BAD_ARGUMENT;
     }
     n.coefs = &prepared->coefs;
-    fbn_status status = fbn_panels_begin(&n.work);
+    fbn_status status = fbn_rooms_begin(&n.work, false);
     if (status == FBN_OK) {
         fbn_parallel(n.work.pass.plan.team, fbn_normalize_task, &n);
         fbn_work_end(&n.work);

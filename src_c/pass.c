@@ -8,7 +8,7 @@
 #include <stdlib.h>
 
 /* How much of a tensor one step of an apply walk covers: small enough to share, large enough to call a kernel for. */
-enum { FBN_PIECE = 1 << 16, FBN_ROWS_BYTES = 1 << 16, FBN_COMBINE = 256, FBN_PANEL_TILE = 8, FBN_REACH = 4096 };
+enum { FBN_PIECE = 1 << 16, FBN_ROWS_BYTES = 1 << 16, FBN_PANEL_TILE = 8, FBN_REACH = 4096 };
 
 static int64_t fbn_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -157,14 +157,13 @@ static void fbn_reduce_rows(const fbn_pass *pass, fbn_partials *p, const fbn_blo
         .other_ahead = planes * pass->other.outer_stride * size,
     };
     fbn_coef k = fbn_coefs_at(coefs, c);
-    double hi = fbn_round_mean(g->dtype, mean[c]);
-    pass->kernels->backward_reduce_rows(&span, &k, pass->rule, g->outer, blocks, first, last, &hi, &p->a[at],
+    pass->kernels->backward_reduce_rows(&span, &k, pass->rule, g->outer, blocks, first, last, mean[c], &p->a[at],
                                         &p->b[at]);
 }
 
 /* Columns that are channels, or, in the rows family, the elements of short planes. */
 static void fbn_reduce_cols(const fbn_pass *pass, fbn_partials *p, const double *mean, const fbn_coefs *coefs,
-                            fbn_coefs *panel, int64_t first, int64_t last, int64_t strip)
+                            fbn_room *room, int64_t first, int64_t last, int64_t strip)
 {
     const fbn_geometry *g = &pass->g;
     const bool planes = g->family == FBN_ROWS;
@@ -174,12 +173,13 @@ static void fbn_reduce_cols(const fbn_pass *pass, fbn_partials *p, const double 
     int64_t at = strip * g->channels + first;
     const void *x = fbn_at(&pass->x, size, row, first, 0);
     if (!pass->backward && planes) {
-        pass->kernels->moments_planes(x, pass->x.outer_stride, rows, last - first, g->inner, p->a + at, p->b + at,
-                                      p->c + at);
+        pass->kernels->moments_planes(x, pass->x.outer_stride, rows, last - first, g->inner, room->tile, p->a + at,
+                                      p->b + at, p->c + at);
         return;
     }
     if (!pass->backward) {
-        pass->kernels->moments_cols(x, pass->x.outer_stride, rows, last - first, p->a + at, p->b + at, p->c + at);
+        pass->kernels->moments_cols(x, pass->x.outer_stride, rows, last - first, room->tile, p->a + at, p->b + at,
+                                    p->c + at);
         return;
     }
     fbn_span span = {
@@ -193,24 +193,21 @@ static void fbn_reduce_cols(const fbn_pass *pass, fbn_partials *p, const double 
         .width = (last - first) * g->inner,
     };
     fbn_coef k = fbn_coefs_at(coefs, first);
-    double hi[FBN_COMBINE];
-    for (int64_t c = first; c < last; c++) {
-        hi[c - first] = fbn_round_mean(g->dtype, mean[c]);
-    }
     if (planes && pass->rule.kind != FBN_IDENTITY) {
-        fbn_coefs_expand(panel, coefs, first, last - first, g->inner, span.width, false);
-        k = fbn_coefs_at(panel, 0);
+        fbn_coefs_expand(&room->panel, coefs, first, last - first, g->inner, span.width, false);
+        k = fbn_coefs_at(&room->panel, 0);
     }
-    pass->kernels->backward_reduce_cols(&span, &k, pass->rule, planes ? g->inner : 0, hi, p->a + at, p->b + at);
+    pass->kernels->backward_reduce_cols(&span, &k, pass->rule, planes ? g->inner : 0, mean + first, room->tile,
+                                        p->a + at, p->b + at);
 }
 
 /* Channels that are reduced together as columns. */
 static int64_t fbn_columns_chunk(const fbn_pass *pass)
 {
-    return fbn_clamp(FBN_COMBINE / pass->g.inner, 1, FBN_COMBINE);
+    return fbn_clamp(pass->plan.tile / pass->g.inner, 1, pass->g.channels);
 }
 
-void fbn_reduce(const fbn_pass *pass, fbn_partials *p, const double *mean, const fbn_coefs *coefs, fbn_coefs *panel,
+void fbn_reduce(const fbn_pass *pass, fbn_partials *p, const double *mean, const fbn_coefs *coefs, fbn_room *room,
                 int64_t first, int64_t last, int64_t part, int64_t parts)
 {
     const fbn_geometry *g = &pass->g;
@@ -227,7 +224,7 @@ void fbn_reduce(const fbn_pass *pass, fbn_partials *p, const double *mean, const
     int64_t tasks = chunks * p->strips;
     for (int64_t t = fbn_part(tasks, part, parts); t < fbn_part(tasks, part + 1, parts); t++) {
         int64_t c = first + t % chunks * chunk;
-        fbn_reduce_cols(pass, p, mean, coefs, panel, c, fbn_min(c + chunk, last), t / chunks);
+        fbn_reduce_cols(pass, p, mean, coefs, room, c, fbn_min(c + chunk, last), t / chunks);
     }
 }
 
@@ -408,17 +405,20 @@ static void fbn_apply_rows(const fbn_pass *pass, const fbn_coefs *coefs, fbn_coe
 static int64_t fbn_panel_width(const fbn_pass *pass)
 {
     int64_t apply = pass->plan.panel * (pass->g.family == FBN_ROWS ? pass->g.inner : pass->g.channels);
-    bool reduces = pass->backward && pass->rule.kind != FBN_IDENTITY && fbn_by_planes(pass);
-    return reduces && apply < FBN_COMBINE ? FBN_COMBINE : apply;
+    if (pass->backward && pass->rule.kind != FBN_IDENTITY && fbn_by_planes(pass)) {
+        int64_t reduce = fbn_columns_chunk(pass) * pass->g.inner;
+        return apply > reduce ? apply : reduce;
+    }
+    return apply;
 }
 
-void fbn_apply_pass(const fbn_pass *pass, const fbn_coefs *coefs, fbn_coefs *panel, int64_t first, int64_t last,
+void fbn_apply_pass(const fbn_pass *pass, const fbn_coefs *coefs, fbn_room *room, int64_t first, int64_t last,
                     int64_t ahead, int64_t part, int64_t parts)
 {
     if (pass->g.family == FBN_COLS) {
-        fbn_apply_rows(pass, coefs, panel, first, last, ahead, part, parts);
+        fbn_apply_rows(pass, coefs, &room->panel, first, last, ahead, part, parts);
     } else if (pass->plan.panel > 0) {
-        fbn_apply_planes(pass, coefs, panel, first, last, ahead, part, parts);
+        fbn_apply_planes(pass, coefs, &room->panel, first, last, ahead, part, parts);
     } else {
         fbn_apply_runs(pass, coefs, first, last, ahead, part, parts);
     }
@@ -429,18 +429,23 @@ void fbn_apply_pass(const fbn_pass *pass, const fbn_coefs *coefs, fbn_coefs *pan
 
 /* ---- the memory of a call ---- */
 
-fbn_status fbn_panels_begin(fbn_work *w)
+static int64_t fbn_tile_room(const fbn_pass *pass, bool reduces)
+{
+    bool columns = pass->g.family == FBN_COLS || fbn_by_planes(pass);
+    return reduces && columns ? fbn_tile_bytes(fbn_columns_chunk(pass) * pass->g.inner) : 0;
+}
+
+fbn_status fbn_rooms_begin(fbn_work *w, bool reduces)
 {
     int team = w->pass.plan.team;
     int64_t width = fbn_panel_width(&w->pass);
-    if (width == 0 && team == 1) {
-        w->panels = &w->one;
-        return FBN_OK;
-    }
-    w->panels = calloc((size_t)team, sizeof *w->panels);
-    bool ok = w->panels != NULL;
-    for (int i = 0; ok && width > 0 && i < team; i++) {
-        ok = fbn_coefs_alloc(&w->panels[i], w->pass.g.dtype, width);
+    int64_t tile = fbn_tile_room(&w->pass, reduces);
+    w->rooms = team == 1 ? &w->one : calloc((size_t)team, sizeof *w->rooms);
+    bool ok = w->rooms != NULL;
+    for (int i = 0; ok && i < team; i++) {
+        fbn_room *room = &w->rooms[i];
+        room->tile = tile == 0 ? NULL : malloc((size_t)tile);
+        ok = (tile == 0 || room->tile != NULL) && (width == 0 || fbn_coefs_alloc(&room->panel, w->pass.g.dtype, width));
     }
     if (!ok) {
         fbn_work_end(w);
@@ -455,16 +460,17 @@ fbn_status fbn_work_begin(fbn_work *w, bool reduces)
         fbn_work_end(w);
         return FBN_NO_MEMORY;
     }
-    return fbn_panels_begin(w);
+    return fbn_rooms_begin(w, reduces);
 }
 
 void fbn_work_end(fbn_work *w)
 {
-    if (w->panels != &w->one) {
-        for (int i = 0; w->panels != NULL && i < w->pass.plan.team; i++) {
-            fbn_coefs_free(&w->panels[i]);
-        }
-        free(w->panels);
+    for (int i = 0; w->rooms != NULL && i < w->pass.plan.team; i++) {
+        free(w->rooms[i].tile);
+        fbn_coefs_free(&w->rooms[i].panel);
+    }
+    if (w->rooms != &w->one) {
+        free(w->rooms);
     }
     fbn_coefs_free(&w->coefs);
     fbn_partials_free(&w->partials);

@@ -30,16 +30,22 @@ int64_t fbn_gate_words(const fbn_geometry *g); /* of one row (rows: of one run) 
 bool fbn_partials_alloc(fbn_partials *p, const fbn_pass *pass);
 void fbn_partials_free(fbn_partials *p);
 
-/* Reduces the strips of channels [first, last) that are this part's. `mean`, coefs and panel are for a backward. */
-void fbn_reduce(const fbn_pass *pass, fbn_partials *p, const double *mean, const fbn_coefs *coefs, fbn_coefs *panel,
+/* What one thread works in. */
+typedef struct {
+    fbn_coefs panel; /* expanded coefficients */
+    void *tile;      /* columns' sums */
+} fbn_room;
+
+/* Reduces the strips of channels [first, last) that are this part's. `mean` and coefs are for a backward. */
+void fbn_reduce(const fbn_pass *pass, fbn_partials *p, const double *mean, const fbn_coefs *coefs, fbn_room *room,
                 int64_t first, int64_t last, int64_t part, int64_t parts);
 
 /* Combines the strips of channels [first, last): the results are in row 0. */
 void fbn_combine(const fbn_pass *pass, fbn_partials *p, int64_t first, int64_t last);
 
-/* Applies to this part of the elements of channels [first, last). panel: this thread's room for expanded coefficients.
- * ahead: bring the next `ahead` channels' elements into cache. */
-void fbn_apply_pass(const fbn_pass *pass, const fbn_coefs *coefs, fbn_coefs *panel, int64_t first, int64_t last,
+/* Applies to this part of the elements of channels [first, last). ahead: bring the next `ahead` channels' elements into
+ * cache. */
+void fbn_apply_pass(const fbn_pass *pass, const fbn_coefs *coefs, fbn_room *room, int64_t first, int64_t last,
                     int64_t ahead, int64_t part, int64_t parts);
 
 /* A pass and the memory that it works in. */
@@ -47,12 +53,12 @@ typedef struct {
     fbn_pass pass;
     fbn_partials partials;
     fbn_coefs coefs;
-    fbn_coefs *panels; /* one a thread */
-    fbn_coefs one;     /* spares a small call the allocation */
+    fbn_room *rooms; /* one a thread */
+    fbn_room one;    /* spares a small call the allocation */
 } fbn_work;
 
 /* A work that begins zeroed but for its pass. On failure nothing is left to free. */
-fbn_status fbn_panels_begin(fbn_work *w);
+fbn_status fbn_rooms_begin(fbn_work *w, bool reduces);
 fbn_status fbn_work_begin(fbn_work *w, bool reduces);
 void fbn_work_end(fbn_work *w);
 

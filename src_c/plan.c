@@ -40,7 +40,13 @@ const fbn_machine *fbn_this_machine(void) { return &fbn_machine_now; }
 int64_t fbn_dtype_size(fbn_dtype dtype) { return dtype == FBN_F64 ? 8 : dtype == FBN_F32 ? 4 : 2; }
 
 /* Bytes below which a parallel region costs more than it saves. */
-enum { FBN_SERIAL_BYTES = 128 << 10, FBN_PANEL_BYTES = 1024, FBN_PANEL_ROWS = 8, FBN_PANEL_WIDTH = 1024 };
+enum {
+    FBN_SERIAL_BYTES = 128 << 10,
+    FBN_PANEL_BYTES = 1024,
+    FBN_PANEL_ROWS = 8,
+    FBN_PANEL_WIDTH = 1024,
+    FBN_TILE = 2048
+};
 
 static bool fbn_two_phase(fbn_op op) { return op == FBN_PLAN_FORWARD || op == FBN_PLAN_BACKWARD; }
 
@@ -74,6 +80,7 @@ fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_ma
         plan.team = call->threads;
     }
     plan.stream = bytes > m->l3 / 4;
+    plan.tile = FBN_TILE;
     if (fbn_two_phase(call->op)) {
         plan.slab = fbn_choose_slab(g, call, m, plan.team);
         plan.backwards = true;

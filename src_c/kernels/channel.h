@@ -32,7 +32,7 @@ static inline void fbn_moment_of_block(double count, double pivot, double s, dou
     double rest = q - s * shift;
     *m2 = rest < 0.0 ? 0.0 : rest;
     fbn_two_sum(pivot, shift, mean, lo);
-    *lo += fma(-shift, count, s) / count; /* what the division rounded away */
+    *lo += fma(shift, -count, s) / count; /* what the division rounded away */
 }
 
 /* Chan, Golub & LeVeque (1979): moments of the union of two disjoint sets, the second being `share` of the union and

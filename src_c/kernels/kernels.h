@@ -41,16 +41,21 @@ typedef struct {
     int stream; /* write y past the cache */
 } fbn_span;
 
+/* `tile`: fbn_tile_bytes(columns) of memory, aligned for any type, that a kernel of columns works in. An odd step keeps
+ * the arrays in it from lying a power of two apart, where loads wait for stores that they have nothing to do with. */
+static inline int64_t fbn_tile_step(int64_t columns) { return (columns + 15) / 16 * 16 + 16; }
+static inline int64_t fbn_tile_bytes(int64_t columns) { return fbn_tile_step(columns) * 7 * (int64_t)sizeof(double); }
+
 #define FBN_OPS(OP)                                                                                                    \
     /* Moments of blocks [first, last) of one channel. */                                                              \
     OP(moments_rows, (const void *x, int64_t outer_stride, int64_t outer, int64_t inner, const fbn_blocks *blocks,     \
                       int64_t first, int64_t last, int64_t ahead, fbn_moment *out))                                    \
     /* Moments of `rows` rows of `width` channels. */                                                                  \
     OP(moments_cols,                                                                                                   \
-       (const void *x, int64_t stride, int64_t rows, int64_t width, double *mean, double *lo, double *m2))             \
+       (const void *x, int64_t stride, int64_t rows, int64_t width, void *tile, double *mean, double *lo, double *m2)) \
     /* Moments of channels whose planes of `inner` elements lie side by side. */                                       \
-    OP(moments_planes, (const void *x, int64_t stride, int64_t rows, int64_t channels, int64_t inner, double *mean,    \
-                        double *lo, double *m2))                                                                       \
+    OP(moments_planes, (const void *x, int64_t stride, int64_t rows, int64_t channels, int64_t inner, void *tile,      \
+                        double *mean, double *lo, double *m2))                                                         \
     /* y = act((x - mean) * scale + shift + residual) */                                                               \
     OP(normalize_rows, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                     \
     OP(normalize_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                     \
@@ -58,9 +63,9 @@ typedef struct {
      * planes of that many elements, and k has a coefficient for every column */                                       \
     OP(backward_reduce_rows,                                                                                           \
        (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule, int64_t outer, const fbn_blocks *blocks,             \
-        int64_t first, int64_t last, const double *mean, double *sum_dy, double *sum_dy_xmu))                          \
+        int64_t first, int64_t last, double mean, double *sum_dy, double *sum_dy_xmu))                                 \
     OP(backward_reduce_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule, int64_t inner,                 \
-                              const double *mean, double *sum_dy, double *sum_dy_xmu))                                 \
+                              const double *mean, void *tile, double *sum_dy, double *sum_dy_xmu))                     \
     /* dx = (dz + (x - mean) * slope) * gain + offset */                                                               \
     OP(backward_apply_rows, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                \
     OP(backward_apply_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                \

@@ -212,7 +212,7 @@ typedef struct {
     const double *mean;
     double *stats[3];
     int in_place;
-    matrix x, other, gate, coefs[7], means;
+    matrix x, other, gate, coefs[7], means, tile;
     output outputs[OUTPUTS];
     int output_count;
 } call;
@@ -235,14 +235,15 @@ struct operation {
     }
 RUN(moments_rows, c->span.x, c->span.x_stride, c->outer, c->span.width, &c->blocks, c->first, c->last, c->span.ahead,
     (fbn_moment *)(void *)c->stats[0])
-RUN(moments_cols, c->span.x, c->span.x_stride, c->span.rows, c->span.width, c->stats[0], c->stats[1], c->stats[2])
-RUN(moments_planes, c->span.x, c->span.x_stride, c->span.rows, c->channels, c->inner, c->stats[0], c->stats[1],
+RUN(moments_cols, c->span.x, c->span.x_stride, c->span.rows, c->span.width, c->tile.data, c->stats[0], c->stats[1],
     c->stats[2])
+RUN(moments_planes, c->span.x, c->span.x_stride, c->span.rows, c->channels, c->inner, c->tile.data, c->stats[0],
+    c->stats[1], c->stats[2])
 RUN(normalize_rows, &c->span, &c->coef, c->rule)
 RUN(normalize_cols, &c->span, &c->coef, c->rule)
-RUN(backward_reduce_rows, &c->span, &c->coef, c->rule, c->outer, &c->blocks, c->first, c->last, c->mean, c->stats[0],
+RUN(backward_reduce_rows, &c->span, &c->coef, c->rule, c->outer, &c->blocks, c->first, c->last, *c->mean, c->stats[0],
     c->stats[1])
-RUN(backward_reduce_cols, &c->span, &c->coef, c->rule, c->inner, c->mean, c->stats[0], c->stats[1])
+RUN(backward_reduce_cols, &c->span, &c->coef, c->rule, c->inner, c->mean, c->tile.data, c->stats[0], c->stats[1])
 RUN(backward_apply_rows, &c->span, &c->coef, c->rule)
 RUN(backward_apply_cols, &c->span, &c->coef, c->rule)
 RUN(copy, c->span.x, c->span.y, c->span.width *(int64_t)size_of(c->dtype))
@@ -270,7 +271,7 @@ static const char *const activation_names[] = {"identity", "relu", "relu6", "lea
 
 /* Arenas: each buffer of a call has one of its own. */
 typedef struct {
-    arena x, other, gate, coefs[7], means, y, extra, stats[3];
+    arena x, other, gate, coefs[7], means, tile, y, extra, stats[3];
 } memory;
 
 static memory the_memory;
@@ -452,6 +453,9 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
         matrix_fill(&c->means, rng_one_in(r, 4) ? SPECIAL : PLAIN, r);
         c->mean = (const double *)(const void *)c->means.data;
     }
+    if (!op->rows) {
+        c->tile = matrix_make(&the_memory.tile, FBN_F64, 1, fbn_tile_bytes(c->span.width) / 8, 0, where, r);
+    }
     /* A channel's moments are one struct of four doubles in the rows family; else they are arrays. */
     bool is_struct = op->rows && op->shape == MOMENTS;
     int arrays = is_struct ? 1 : op->shape == MOMENTS ? 3 : 2;
@@ -584,7 +588,8 @@ static void check_kernels(uint64_t seed, int thoroughness)
 static void make_memory(void)
 {
     memory *m = &the_memory;
-    arena *all[] = {&m->x, &m->other, &m->gate, &m->means, &m->y, &m->extra, &m->stats[0], &m->stats[1], &m->stats[2]};
+    arena *all[] = {&m->x, &m->other, &m->gate,     &m->means,    &m->tile,
+                    &m->y, &m->extra, &m->stats[0], &m->stats[1], &m->stats[2]};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         *all[i] = arena_make(ARENA_BYTES);
     }
