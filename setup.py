@@ -6,6 +6,7 @@ not about this machine. Environment:
 - ``FASTBN_OPENMP=0``: build as where the compiler has no OpenMP
 - ``FASTBN_WERROR=1``: more warnings, all of them errors, for our own C
 - ``FASTBN_SANITIZE=1``: AddressSanitizer and UndefinedBehaviorSanitizer
+- ``FASTBN_CHECKED=1``: Cython's checks of bounds, of None and of overflow, which are off otherwise
 - ``FASTBN_COVERAGE=1``: gcov
 """
 
@@ -37,6 +38,10 @@ BASE = (
 WARNINGS = (["-Wall", "-Wextra"], ["/W3"])
 ERRORS = (["-Wconversion", "-Wvla", "-Wframe-larger-than=8192", "-Werror"], ["/WX"])
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+
+# Cython's.
+DIRECTIVES = {"language_level": 3, "freethreading_compatible": True, "cdivision": True}
+CHECKS = ["boundscheck", "wraparound", "initializedcheck", "nonecheck", "overflowcheck"]
 
 # ISA: its flags, and three lines that compile where it can be built.
 TIERS = {
@@ -111,10 +116,11 @@ class BuildNative(build_ext):
         macros = [*ext.define_macros, *((f"FBN_HAVE_{name.upper()}", "1") for name in tiers)]
         say(f"ISA tiers: {' '.join(['scalar', *tiers])}; OpenMP: {'no' if openmp is None else 'yes'}")
 
+        checked = enabled("FASTBN_CHECKED")
         generated = cythonize(
             [Extension(ext.name, ext.sources)],
-            build_dir=os.path.join(self.build_temp, "cython"),
-            compiler_directives={"language_level": 3, "freethreading_compatible": True},
+            build_dir=os.path.join(self.build_temp, "checked" if checked else "cython"),
+            compiler_directives={**DIRECTIVES, **dict.fromkeys(CHECKS, checked)},
             force=self.force,
         )[0].sources
         flags = dict.fromkeys(generated, base)
