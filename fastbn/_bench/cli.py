@@ -114,10 +114,10 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def _fits(case: Case, taking_part: Sequence[Entry]) -> bool:
-    """Whether half of the memory holds the inputs in every layout, the result and two that are fresh."""
+    """Whether memory holds the inputs in every layout, the result and one that is fresh."""
     layouts = len({"NCHW", *(entry.layout for entry in taking_part if entry.layout)})
-    need = case.nbytes * ((1 + case.backward + case.residual) * layouts + 3)
-    return need < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    need = case.nbytes * ((1 + case.backward + case.residual) * layouts + 2)
+    return need < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.8
 
 
 def _shape(text: str) -> str:

@@ -133,12 +133,13 @@ class Fastbn(Peer):
 
 
 class NumPy(Peer):
-    """Batch norm as one writes it in NumPy; narrow types would need a conversion first."""
+    """Batch norm as one writes it in NumPy; narrow types need a conversion first, the huge many times the memory."""
 
     name, package = "NumPy", "numpy"
 
     def can(self, case: Case, layout: str, fresh: bool) -> bool:
-        return case.dtype in ("float32", "float64") and case.op != "step" and (fresh or not case.backward)
+        able = case.dtype in ("float32", "float64") and case.op != "step" and case.nbytes < 1 << 30
+        return able and (fresh or not case.backward)
 
     def make(self, case: Case, tensors: Tensors, layout: str, fresh: bool) -> tuple[Run, Results]:
         t, x, y = tensors, tensors.get("x", layout), None if fresh else tensors.out(layout)

@@ -78,6 +78,11 @@ def _columns(members: Sequence[Group]) -> dict[str, list[Result | None]]:
     return {label: [g.of(label) for g in members] for label in labels}
 
 
+def plain(label: str) -> str:
+    """Name a contender without its form."""
+    return label.removesuffix(" fresh")
+
+
 def _mean(results: Sequence[Result | None]) -> str:
     """A mean over some of the shapes could not be compared with one over all of them."""
     multiples = [r.multiple for r in results if r]
@@ -99,7 +104,8 @@ def tables(groups: Sequence[Group]) -> str:
         unit = "microseconds" if case.small else f"multiples of the streaming copy, limit {case.limit:g}"
         parts.append("\n".join([f"{case.title}: {unit}", *aligned(rows)]))
     wrong = sum(r.correct is False for g in groups for r in g.results)
-    parts.append(f"! beside a time: the result is not correct ({wrong})" if wrong else "All results are correct.")
+    verdict = f"! beside a time: so far from float64 that rounding is no excuse ({wrong})"
+    parts.append(verdict if wrong else "All results are correct.")
     return "\n\n".join(parts)
 
 
@@ -118,22 +124,27 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def markdown(groups: Sequence[Group], info: dict[str, Any]) -> str:
-    """One table of geometric means, a column for each section about memory traffic and a row for each contender."""
+    """Make one table of geometric means: a row for each contender, a column for each section about memory traffic."""
     sections = [(case, members) for case, members in _sections(groups) if not case.small]
     columns = [
-        # Which of its two forms a contender has is a matter of the function; the table has a row for both.
-        {label.removesuffix(" fresh"): _mean(results) for label, results in reversed(_columns(members).items())}
+        # A contender that has both forms is shown with out=.
+        {plain(label): _mean(results) for label, results in reversed(_columns(members).items())}
         for _, members in sections
     ]
-    labels = dict.fromkeys(
-        label for g in groups for r in g.results[1:] for label in [r.contender.removesuffix(" fresh")]
-    )
-    rows = [["", *(case.title.replace(", float32", "") for case, _ in sections)], ["---", *["--:"] * len(sections)]]
-    rows.append(["limit", *(f"{case.limit:.2f}" for case, _ in sections)])
-    rows += [[label, *(column.get(label, "") for column in columns)] for label in labels]
+    errors: dict[str, float] = {}
+    for result in (r for _, members in sections for g in members for r in g.results[1:]):
+        label = plain(result.contender)
+        errors[label] = max(errors.get(label, 0), result.error or 0)
+    titles = [case.title.replace(", float32", "") for case, _ in sections]
+    rows = [
+        ["", *titles, "error, ulp"],
+        ["---", *["--:"] * (len(sections) + 1)],
+        ["limit", *(f"{case.limit:.2f}" for case, _ in sections), ""],
+    ]
+    rows += [[label, *(c.get(label, "") for c in columns), f"{error:.3g}"] for label, error in errors.items()]
     shapes = len({g.case.shape for _, members in sections for g in members})
-    note = f"Geometric means over {shapes} shapes. {describe(info)}."
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows if any(row[1:])) + f"\n\n{note}"
+    note = f"Geometric means over {shapes} shapes, and the largest error against float64. {describe(info)}."
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{note}"
 
 
 def write_markdown(path: Path, groups: Sequence[Group], info: dict[str, Any], command: str) -> None:
@@ -157,9 +168,9 @@ def write_picture(path: Path, groups: Sequence[Group], info: dict[str, Any]) -> 
     most = max(g.case.threads for g in groups)
     panels = [(c, members) for c, members in _sections(groups) if not c.small and c.threads == most]
     figures: Any = importlib.import_module("matplotlib.figure")
-    labels = list(dict.fromkeys(label for _, members in panels for label in _columns(members)))
+    labels = dict.fromkeys(plain(label) for _, members in panels for label in _columns(members))
     widest = max(len(members) for _, members in panels) * (len(labels) + 1)
-    figure = figures.Figure(figsize=(max(7, 1.5 + 0.17 * widest), 1 + 2.5 * len(panels)), layout="constrained")
+    figure = figures.Figure(figsize=(min(12, max(7, 0.17 * widest)), 1 + 2.2 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), squeeze=False)[:, 0]
     for ax, (case, members) in zip(axes, panels, strict=True):
         _panel(ax, case, members, {label: f"C{i}" for i, label in enumerate(labels)})
@@ -177,13 +188,14 @@ def _panel(ax: Any, case: Case, members: Sequence[Group], colours: dict[str, str
     for i, (label, results) in enumerate(columns.items()):
         at = [j + (i - (len(columns) - 1) / 2) * width for j in range(len(members))]
         heights = [r.multiple if r else 0.0 for r in results]
-        ax.bar(at, [min(h, top) for h in heights], width, color=colours[label], label=label)
+        ax.bar(at, [min(h, top) for h in heights], width, color=colours[plain(label)], label=plain(label))
         for x, h in zip(at, heights, strict=True):
             if h > top:
-                ax.text(x, top, f"{h:.0f}", ha="center", va="bottom", fontsize=6)
+                ax.text(x, top, f"{h:.0f}", ha="center", va="bottom", fontsize=5)
     for y, style in ((1, "-"), (case.limit, ":")):
         ax.axhline(y, color="black", linewidth=0.8, linestyle=style)
     ax.set_ylim(0, top * 1.06)
+    ax.margins(x=0.01)
     names = ["\n".join(format_shape(g.case.shape).split("x", 1)) for g in members]
     ax.set_xticks(range(len(members)), names, fontsize=7)
     ax.set_title(case.title, fontsize=9, loc="left")
