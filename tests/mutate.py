@@ -1,0 +1,361 @@
+"""mutate.py -- plants bugs, one at a time, in a copy of the checkout, and looks whether their tests turn red.
+
+    python tests/mutate.py --list           the bugs, by row of docs/reliability.md
+    python tests/mutate.py                  all of them: about an hour
+    python tests/mutate.py 5 signals        those of a row, or of a name
+
+Each bug is a few words replaced in one file. What it touches is built again, and the one test that must catch it is
+run, before the bug and after: it has to be green and then red. The exit status is 1 if a bug survives, if its words are
+no longer in the file, or if its test cannot run here. Needs what the tests need, and make and clang for `make` tests.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+PATIENCE, HANGS = 900, 124
+
+
+class Bug(NamedTuple):
+    """`old` becomes `new` in `file`; `test` is what pytest is told, or a command line of make in tests/c."""
+
+    row: int
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+TOKEN = "return !atomic_flag_test_and_set(&fbn_pool.taken);"
+BUGS = [
+    Bug(
+        1,
+        "fork, workers",
+        "src_c/parallel.c",
+        "    fbn_pool.workers = 0;\n",
+        "",
+        "test_fork.py::test_fork_after_a_parallel_call",
+    ),
+    Bug(
+        1,
+        "fork, token",
+        "src_c/parallel.c",
+        "    fbn_forget_workers();\n    fbn_release_team();\n",
+        "    fbn_forget_workers();\n",
+        "test_fork.py::test_fork_while_another_thread_is_inside_a_call",
+    ),
+    Bug(
+        2,
+        "preload",
+        "src_c/parallel.c",
+        "    fbn_pool.workers = 0;\n",
+        "",
+        "test_server.py -k gunicorn",
+    ),
+    Bug(
+        3,
+        "no token",
+        "src_c/parallel.c",
+        TOKEN,
+        "(void)atomic_flag_test_and_set(&fbn_pool.taken);\n    return true;",
+        "test_threads.py::test_forty_callers",
+    ),
+    Bug(
+        4,
+        "workers for one job",
+        "src_c/parallel.c",
+        "            fbn_do_share(tid);\n        }\n    }\n",
+        "            fbn_do_share(tid);\n            return NULL;\n        }\n    }\n",
+        "test_threads.py::test_no_thread_is_created_after_the_first",
+    ),
+    Bug(
+        5,
+        "quota rounded up",
+        "fastbn/_threads.py",
+        "int(max(1, min(len(cpus), cores, quota, MAX_THREADS)))",
+        "math.ceil(max(1, min(len(cpus), cores, quota, MAX_THREADS)))",
+        "test_threads.py::test_quota_affinity_cores",
+    ),
+    Bug(
+        5,
+        "only the own group",
+        "fastbn/_threads.py",
+        "for step in (below, *below.parents))",
+        "for step in (below,))",
+        "test_threads.py::test_quota_affinity_cores",
+    ),
+    Bug(
+        6,
+        "spinning",
+        "src_c/parallel.c",
+        "} while (fbn_nanoseconds() < deadline);",
+        "} while (deadline > 0);",
+        "test_idle.py",
+    ),
+    Bug(
+        7,
+        "blind to regions",
+        "src_c/parallel.c",
+        "    if (omp_in_parallel()) return 1;\n",
+        "",
+        "test_company.py::test_serial_inside_a_parallel_region",
+    ),
+    Bug(
+        8,
+        "parts of threads",
+        "src_c/pass.c",
+        "    p->strips = fbn_strips(pass);\n",
+        "    p->strips = pass->plan.team < fbn_strips(pass) ? pass->plan.team : fbn_strips(pass);\n",
+        "test_bits.py::test_large",
+    ),
+    Bug(
+        8,
+        "an fma that rounds twice",
+        "src_c/simd/scalar.h",
+        "fmaf(a.l[i], b.l[i], c.l[i])",
+        "a.l[i] * b.l[i] + c.l[i]",
+        "test_bits.py::test_small",
+    ),
+    Bug(
+        9,
+        "a mean of one part",
+        "src_c/coef.c",
+        "fbn_affine_of(mean[i], lo[i], hi, var[i]",
+        "fbn_affine_of(hi, 0.0, hi, var[i]",
+        "test_exactness.py::TestLargeMeans::test_forward",
+    ),
+    Bug(
+        10,
+        "0 times infinity",
+        "src_c/coef.c",
+        "bias[i], affine->eps, batch, wide, &range)",
+        "bias[i], affine->eps, batch && affine->eps > 0.0, wide, &range)",
+        "test_exactness.py::TestConstantChannels::test_forward",
+    ),
+    Bug(
+        10,
+        "one value",
+        "fastbn/_native.pyx",
+        "if cnp.PyArray_SIZE(x) > 0 and cnp.PyArray_SIZE(x) == channels:",
+        "if False:",
+        "test_semantics.py::test_one_value_per_channel",
+    ),
+    Bug(
+        11,
+        "flushing",
+        "src_c/normalize.c",
+        "    n.coefs = &prepared->coefs;\n",
+        "    n.coefs = &prepared->coefs;\n    __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040);\n",
+        "test_exactness.py::test_mxcsr_is_never_touched",
+    ),
+    Bug(
+        11,
+        "overflow",
+        "src_c/coef.c",
+        "narrow = {0x1p100,",
+        "narrow = {0x1p128,",
+        "test_exactness.py::test_huge_numbers",
+    ),
+    Bug(
+        12,
+        "any length",
+        "fastbn/_native.pyx",
+        "if cnp.PyArray_NDIM(a) != 1 or cnp.PyArray_DIM(a, 0) != channels:",
+        "if cnp.PyArray_NDIM(a) != 1:",
+        "test_errors.py::test_one_wrong_argument -k long",
+    ),
+    Bug(
+        13,
+        "half turned round",
+        "src_c/geometry.c",
+        "dim.stride[a] = -dim.stride[a];",
+        "dim.stride[a] = dim.stride[a] < 0 ? -dim.stride[a] : dim.stride[a];",
+        "test_layouts.py::test_mixed_arrangements",
+    ),
+    Bug(
+        13,
+        "overlap",
+        "fastbn/_native.pyx",
+        "        if clashes(x, out):\n",
+        "        if False:\n",
+        "test_layouts.py::test_partial_overlap",
+    ),
+    Bug(
+        14,
+        "a tail read whole",
+        "src_c/simd/avx2.h",
+        "static inline v_f32 v_load_part_f32(const float *p, int n)\n{\n",
+        "static inline v_f32 v_load_part_f32(const float *p, int n)\n{\n    if (n > 3) return v_load_f32(p);\n",
+        "make native THOROUGHNESS=1",
+    ),
+    Bug(
+        14,
+        "a race for the job",
+        "src_c/parallel.c",
+        TOKEN,
+        "(void)atomic_flag_test_and_set(&fbn_pool.taken);\n    return true;",
+        "make tsan TSAN_RUNS=2000",
+    ),
+    Bug(
+        15,
+        "an unchecked stride",
+        "src_c/geometry.c",
+        "(g->family == FBN_ROWS || t->channel_stride == 1) &&",
+        "",
+        "make fuzz FUZZ_SECONDS=30",
+    ),
+    Bug(
+        15,
+        "a third too little",
+        "src_c/pass.c",
+        "malloc((size_t)plane * 3 * sizeof(double))",
+        "malloc((size_t)plane * 2 * sizeof(double))",
+        "make fuzz FUZZ_SECONDS=30",
+    ),
+    Bug(
+        16,
+        "any dtype",
+        "fastbn/_state.py",
+        """        if dtype.kind not in "fiu":
+            raise _BadFileError(f"{name!r} must""",
+        """        if False:
+            raise _BadFileError(f"{name!r} must""",
+        "test_state.py::test_a_hostile_file_is_a_value_error",
+    ),
+    Bug(
+        16,
+        "a bomb",
+        "fastbn/_state.py",
+        "    if total > max_bytes:\n",
+        "    if total > 1 << 40:\n",
+        "test_state.py::test_a_hostile_file_is_a_value_error",
+    ),
+    Bug(
+        17,
+        "a counter without a lock",
+        "fastbn/_layer.py",
+        "            with self._lock:\n                count =",
+        "            if True:\n                count =",
+        "test_layer.py::test_training_from_many_threads_loses_no_batch",
+    ),
+]
+
+
+def planted(bug: Bug, root: Path) -> str:
+    """Return the file's text with the bug in it."""
+    text = (root / bug.file).read_text()
+    if text.count(bug.old) != 1:
+        raise LookupError(f"what it replaces is {text.count(bug.old)} times in {bug.file}")
+    return text.replace(bug.old, bug.new)
+
+
+class Outcome(NamedTuple):
+    status: int
+    output: str
+
+
+def run(command: list[str], folder: Path) -> Outcome:
+    """Run a command with `folder` first on the path, and end all that it started when it takes too long."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTBN_")} | {"PYTHONPATH": str(folder)}
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            status = HANGS
+        finally:
+            # A test that was broken on purpose may leave processes behind.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        log.seek(0)
+        return Outcome(status, log.read())
+
+
+def build(folder: Path) -> Outcome:
+    return run([sys.executable, "setup.py", "build_ext", "--inplace"], folder)
+
+
+def test(bug: Bug, folder: Path) -> Outcome:
+    """Run the test of a bug."""
+    tool, *words = bug.test.split()
+    if tool == "make":
+        return run(["make", "-s", "-C", "tests/c", "SEED=1", *words], folder)
+    return run([sys.executable, "-m", "pytest", "-x", "-q", f"tests/{tool}", *words], folder)
+
+
+def verdict(bug: Bug, pristine: Path, greens: dict[str, bool]) -> str:
+    """Say `caught`, or what is wrong."""
+    try:
+        text = planted(bug, pristine)
+    except LookupError as error:
+        return str(error)
+    if bug.test not in greens:
+        before = test(bug, pristine)
+        greens[bug.test] = before.status == 0 and (bug.test.startswith("make") or " passed" in before.output)
+        if not greens[bug.test]:
+            print(before.output)
+    if not greens[bug.test]:
+        return "its test is not green without it"
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "copy")
+        shutil.copytree(pristine, copy, symlinks=True)
+        (copy / bug.file).write_text(text)
+        if bug.file.endswith((".c", ".h", ".inc", ".pyx")) and not bug.test.startswith("make"):
+            built = build(copy)
+            if built.status != 0:
+                print(built.output)
+                return "it does not compile"
+        after = test(bug, copy)
+    if re.search(r"^make.*\.o\] Error", after.output, re.MULTILINE):
+        print(after.output)
+        return "it does not compile"
+    return {0: "SURVIVED", HANGS: "caught, for it hangs"}.get(after.status, "caught")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", nargs="*", help="rows or names (default: all)")
+    parser.add_argument("--list", action="store_true", help="name the bugs and do nothing")
+    arguments = parser.parse_args()
+    bugs = [bug for bug in BUGS if not arguments.which or {str(bug.row), bug.name} & {*arguments.which}]
+    if arguments.list or not bugs:
+        for bug in bugs or BUGS:
+            print(f"{bug.row:2}  {bug.name:26} {bug.file:20} {bug.test}")
+        return not bugs
+    with tempfile.TemporaryDirectory() as folder:
+        pristine = Path(folder, "pristine")
+        names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
+        for name in filter(None, names.split("\0")):
+            (pristine / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, pristine / name)
+        built = build(pristine)
+        if built.status != 0:
+            print(built.output)
+            return 1
+        greens: dict[str, bool] = {}
+        missed = 0
+        for bug in bugs:
+            start = time.monotonic()
+            said = verdict(bug, pristine, greens)
+            missed += not said.startswith("caught")
+            print(f"row {bug.row:2}  {bug.name:26} {said}  ({time.monotonic() - start:.0f} s)", flush=True)
+    print(f"{len(bugs) - missed} caught, {missed} not")
+    return missed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
