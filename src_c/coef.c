@@ -20,9 +20,11 @@ static const fbn_range *fbn_range_of(fbn_dtype dtype)
 
 double fbn_round_mean(fbn_dtype dtype, double mean) { return fbn_is_wide(dtype) ? mean : (double)(float)mean; }
 
+static size_t fbn_coef_step(int64_t width) { return (size_t)(width + 15) / 16 * 16 + FBN_COEF_PAD; }
+
 static char *fbn_coef_array(const fbn_coefs *c, int which)
 {
-    return (char *)c->memory + (size_t)which * (size_t)(c->width + FBN_COEF_PAD) * fbn_coef_size(c->dtype);
+    return (char *)fbn_to_line(c->memory) + (size_t)which * fbn_coef_step(c->width) * fbn_coef_size(c->dtype);
 }
 
 bool fbn_coefs_alloc(fbn_coefs *c, fbn_dtype dtype, int64_t width)
@@ -32,7 +34,7 @@ bool fbn_coefs_alloc(fbn_coefs *c, fbn_dtype dtype, int64_t width)
     if (width < 0 || width > INT64_MAX / 128 || (uint64_t)width > SIZE_MAX / 128) {
         return false;
     }
-    c->memory = calloc((size_t)(width + FBN_COEF_PAD) * FBN_COEF_COUNT, size);
+    c->memory = calloc(fbn_coef_step(width) * FBN_COEF_COUNT * size + FBN_LINE, 1);
     return c->memory != NULL;
 }
 
@@ -119,8 +121,8 @@ void fbn_coefs_fill(fbn_coefs *c, const fbn_affine *affine, bool batch, const fb
 
 fbn_coef fbn_coefs_at(const fbn_coefs *c, int64_t first)
 {
-    const char *base = (const char *)c->memory + (size_t)first * fbn_coef_size(c->dtype);
-    size_t step = (size_t)(c->width + FBN_COEF_PAD) * fbn_coef_size(c->dtype);
+    const char *base = fbn_coef_array(c, 0) + (size_t)first * fbn_coef_size(c->dtype);
+    size_t step = fbn_coef_step(c->width) * fbn_coef_size(c->dtype);
     return (fbn_coef){
         .unit = c->uniform ? NULL : base + FBN_UNIT * step,
         .neg_mean = base + FBN_NEG_MEAN * step,
@@ -132,17 +134,22 @@ fbn_coef fbn_coefs_at(const fbn_coefs *c, int64_t first)
     };
 }
 
+/* Whole vectors, into the padding at the last: what is written too far is overwritten, or never read. */
 static void fbn_fill_f32(float *to, float value, int64_t n)
 {
-    for (int64_t i = 0; i < n; i++) {
-        to[i] = value;
+    for (int64_t i = 0; i < n; i += 16) {
+        for (int j = 0; j < 16; j++) {
+            to[i + j] = value;
+        }
     }
 }
 
 static void fbn_fill_f64(double *to, double value, int64_t n)
 {
-    for (int64_t i = 0; i < n; i++) {
-        to[i] = value;
+    for (int64_t i = 0; i < n; i += 16) {
+        for (int j = 0; j < 16; j++) {
+            to[i + j] = value;
+        }
     }
 }
 

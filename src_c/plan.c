@@ -50,18 +50,27 @@ enum {
 
 static bool fbn_two_phase(fbn_op op) { return op == FBN_PLAN_FORWARD || op == FBN_PLAN_BACKWARD; }
 
+/* Channels of which a multiple fills whole vectors, and so whole cache lines: an output that is streamed has no use for
+ * the ends of rows. */
+static int64_t fbn_grain(const fbn_geometry *g)
+{
+    int64_t even = g->inner & -g->inner;
+    return even < 16 ? 16 / even : 1;
+}
+
 static int64_t fbn_choose_slab(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, int team)
 {
     int64_t streams = call->op == FBN_PLAN_BACKWARD ? 2 : 1;
     int64_t channel_bytes = g->outer * g->inner * fbn_dtype_size(g->dtype) * streams;
-    int64_t grain = g->family == FBN_COLS ? 16 : 1;
-    int64_t most = g->channels / team / grain * grain; /* every thread needs work */
-    if (most < grain) {
-        return g->family == FBN_ROWS && team == 1 ? g->channels : 0;
-    }
-    int64_t slab = m->l2 / 2 / channel_bytes / grain * grain;
     if (g->family == FBN_COLS) {
         return 0;
+    }
+    int64_t most = g->channels / team; /* every thread needs work */
+    int64_t slab = m->l2 / 2 / channel_bytes;
+    int64_t grain = fbn_grain(g);
+    if (slab > grain && most > grain) {
+        slab = slab / grain * grain;
+        most = most / grain * grain;
     }
     /* A channel dealt to one thread whole: uneven shares cost more than a second sweep where channels are few. */
     int64_t share = fbn_ceil_div(g->channels, team);
@@ -79,7 +88,7 @@ fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_ma
     if (call->threads > 1 && bytes >= FBN_SERIAL_BYTES) {
         plan.team = call->threads;
     }
-    plan.stream = bytes > m->l3 / 4;
+    plan.stream = bytes > m->l2 * 4;
     plan.tile = FBN_TILE;
     if (fbn_two_phase(call->op)) {
         plan.slab = fbn_choose_slab(g, call, m, plan.team);
@@ -89,7 +98,8 @@ fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_ma
     if (call->adjacent && !call->gated) {
         if (g->family == FBN_ROWS && g->inner * size < FBN_PANEL_BYTES && g->outer >= FBN_PANEL_ROWS) {
             int64_t most = plan.slab != 0 ? plan.slab : g->channels;
-            plan.panel = fbn_clamp(fbn_ceil_div(FBN_PANEL_WIDTH, g->inner), 1, most);
+            int64_t grain = fbn_grain(g);
+            plan.panel = fbn_clamp(fbn_ceil_div(fbn_ceil_div(FBN_PANEL_WIDTH, g->inner), grain) * grain, 1, most);
         }
         if (g->family == FBN_COLS && plan.slab == 0 && g->channels * size < FBN_PANEL_BYTES &&
             g->outer * g->channels >= FBN_PANEL_ROWS * FBN_PANEL_WIDTH) {

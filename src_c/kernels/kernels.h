@@ -41,10 +41,17 @@ typedef struct {
     int stream; /* write y past the cache */
 } fbn_span;
 
+/* Arrays that vectors are loaded from begin with a cache line, and their memory has a line to spare for that. */
+enum { FBN_LINE = 64 };
+static inline void *fbn_to_line(void *p) { return (char *)p + (FBN_LINE - (uintptr_t)p % FBN_LINE) % FBN_LINE; }
+
 /* `tile`: fbn_tile_bytes(columns) of memory, aligned for any type, that a kernel of columns works in. An odd step keeps
  * the arrays in it from lying a power of two apart, where loads wait for stores that they have nothing to do with. */
 static inline int64_t fbn_tile_step(int64_t columns) { return (columns + 15) / 16 * 16 + 16; }
-static inline int64_t fbn_tile_bytes(int64_t columns) { return fbn_tile_step(columns) * 7 * (int64_t)sizeof(double); }
+static inline int64_t fbn_tile_bytes(int64_t columns)
+{
+    return fbn_tile_step(columns) * 7 * (int64_t)sizeof(double) + FBN_LINE;
+}
 
 #define FBN_OPS(OP)                                                                                                    \
     /* Moments of blocks [first, last) of one channel. */                                                              \
