@@ -1,7 +1,7 @@
-/* threads.c -- many callers of the C interface at once, for ThreadSanitizer: no race, and everybody gets the bytes that
- * a lone caller on one thread gets.
+/* threads.c -- many callers of the C interface at once, for ThreadSanitizer and valgrind: no race, no byte read that
+ * nobody wrote, and everybody gets the bytes that a lone caller on one thread gets.
  *
- * Usage: threads [seed [runs]]
+ * Usage: threads [seed [runs [tier]]]
  */
 #include "check.h"
 #include "dispatch.h"
@@ -206,8 +206,9 @@ int main(int argc, char **argv)
     rng r = {seed};
     pthread_t threads[CALLERS];
     caller callers[CALLERS];
-    /* The sanitizer sees every access of plain C, not every one of intrinsics. */
-    check(fbn_dispatch("scalar"), "the scalar tier");
+    /* ThreadSanitizer sees every access of plain C, not every one of intrinsics. */
+    const char *tier = argc > 3 ? argv[3] : "scalar";
+    check(fbn_dispatch(tier), "tier %s", tier);
     fbn_parallel_init();
     for (int i = 0; i < PROBLEMS; i++) {
         draw_problem(&problems[i], i, &r);
