@@ -70,7 +70,7 @@ def test_every_dtype_runs(name):
     assert main([*QUICK, "--dtypes", name, "--fuse", "none", "residual+relu"]) == 0
 
 
-@pytest.mark.parametrize("name", cli.PEERS)
+@pytest.mark.parametrize("name", [pytest.param(p, marks=[pytest.mark.torch] * (p == "torch")) for p in cli.PEERS])
 def test_peers_are_correct(name):
     """A peer that is asked the wrong question would lose or win for the wrong reason."""
     try:
@@ -172,6 +172,9 @@ def test_error_counts_ulps(name):
     expected = data.Expected(value, np.maximum(1, np.abs(value)))
     assert data.epsilon(dtype) == tolerance.epsilon(dtype)
     assert data.error(value.astype(dtype), expected) == 0
+    wide = np.longdouble if name == "float64" else np.float64
+    between = data.Expected(wide(1) + np.full(1, data.epsilon(dtype) / 4, wide), np.ones(1))
+    assert data.error(np.ones(1, dtype), between) == (0.25 if dtype.itemsize >= 4 else 0)
     assert data.error((value * (1 + 2 * data.epsilon(dtype))).astype(dtype), expected) == 2
     assert data.error(np.array([0.25, np.nan, -100.0]).astype(dtype), expected) == np.inf
 

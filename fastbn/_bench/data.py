@@ -158,7 +158,7 @@ def reference(
     axes = (0, *range(2, x.ndim))
     centred, w = x.astype(wide), column(weight)
     if statistics is None:
-        for _ in range(2):  # again, because a large mean has a rounding error worth removing
+        for _ in range(2):  # again, because the rounding of a large mean takes what longdouble has more than float64
             centred = centred - centred.mean(axes, keepdims=True)
         var = np.square(centred).mean(axes, keepdims=True)
     else:
