@@ -197,6 +197,7 @@ def test_full_has_all_there_is():
         (["--shapes", "32x0x4"], "32x0x4"),
         (["--shapes", "resnet"], "expected one of resnet50"),
         (["--threads", "0"], "expected a number of threads or all"),
+        (["--shapes", "tiny", "--markdown", str(ROOT / "README.md")], "no chosen shape is large enough"),
         (["--peers", "caffe"], "invalid choice: 'caffe'"),
         (["--markdown", str(ROOT / "LICENSE")], "LICENSE has no table of python -m fastbn bench"),
     ],

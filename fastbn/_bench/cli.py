@@ -86,13 +86,15 @@ def bench(args: argparse.Namespace) -> int:
         raise SystemExit(f"{args.markdown} has no table of python -m fastbn bench")
     if args.picture and not importlib.util.find_spec("matplotlib"):
         raise SystemExit("--picture needs matplotlib")
-    found = peers(args)
+    chosen, found = cases(args), peers(args)
+    if (args.picture or args.markdown) and all(case.small for case in chosen):
+        raise SystemExit("--picture and --markdown are about traffic: no chosen shape is large enough")
     info = report.machine(found)
     print(report.describe(info), flush=True)
     groups: list[Group] = []
     tensors = None
     try:
-        for case in report.progress(cases(args)):
+        for case in report.progress(chosen):
             taking_part = field(case, args, found)
             if not _fits(case, taking_part):
                 print(f"without {case}: not enough memory", file=sys.stderr)
@@ -103,6 +105,8 @@ def bench(args: argparse.Namespace) -> int:
             groups.append(run(case, tensors, [entry.make(case, tensors) for entry in taking_part], args.seconds))
     except KeyboardInterrupt:
         print("\ninterrupted: this is what was measured", file=sys.stderr)
+    if not groups:
+        return 1
     print(f"\n{report.tables(groups)}")
     if args.json:
         report.write_json(args.json, groups, info)
@@ -114,7 +118,9 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def _fits(case: Case, taking_part: Sequence[Entry]) -> bool:
-    """Whether memory holds the inputs in every layout, the result and one that is fresh."""
+    """Whether memory holds the inputs in every layout, the result and one that is fresh; if it can be asked."""
+    if not hasattr(os, "sysconf"):
+        return True
     layouts = len({"NCHW", *(entry.layout for entry in taking_part if entry.layout)})
     need = case.nbytes * ((1 + case.backward + case.residual) * layouts + 2)
     return need < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.8
