@@ -274,17 +274,21 @@ class BatchNorm:
                 momentum = self.momentum
                 if momentum is None:
                     momentum = 1.0 / count
-                if self.on_nonfinite != "propagate":
-                    y, saved = self._guarded(x, momentum, residual, out)
-                else:
-                    # An interpreter handles a signal after a call of its own. Here it is starmap that calls, so no
-                    # signal comes between the change of the running statistics and that of the counter.
-                    ((y, saved),) = starmap(_native.forward_train, ((
-                        x, self._running_mean, self._running_var, self._weight, self._bias, momentum, self.eps,
-                        self.channel_axis, self.activation, self.negative_slope, residual, out,
-                    ),))  # fmt: skip
-                    if saved.count:
-                        self.num_batches_tracked = count
+                if self.on_nonfinite == "raise":
+                    self._refuse_nonfinite(x)
+                skipped = self.num_batches_skipped + 1
+                # An interpreter handles a signal after a call of its own. Here it is starmap that calls, so no signal
+                # comes between the change of the running statistics and that of the counter; nor is there anything
+                # between them that takes memory.
+                ((y, saved),) = starmap(_native.forward_train, ((
+                    x, self._running_mean, self._running_var, self._weight, self._bias, momentum, self.eps,
+                    self.channel_axis, self.activation, self.negative_slope, residual, out,
+                    self.on_nonfinite != "propagate",
+                ),))  # fmt: skip
+                if saved.moved:
+                    self.num_batches_tracked = count
+                elif saved.count:
+                    self.num_batches_skipped = skipped
         else:
             if not self.affine:
                 self._check_channels(x)
@@ -303,31 +307,17 @@ class BatchNorm:
         if -len(shape) <= axis < len(shape) and shape[axis] != self.num_features:
             raise ValueError(f"x must have {self.num_features} channels along axis {axis}, got shape {tuple(shape)}")
 
-    def _guarded(self, x: Any, momentum: float, residual: Any, out: _Array | None) -> tuple[_Array, _native.Saved]:
-        """Run a training call that keeps non-finite statistics out of the running ones."""
-        mean, var = self._running_mean, self._running_var
-        if self.on_nonfinite == "raise":
-            count, batch_mean, _, m2 = _native.moments(x, self.channel_axis)
-            with np.errstate(over="ignore"):
-                bad = ~np.isfinite([batch_mean.astype(mean.dtype), (m2 / max(count - 1, 1)).astype(var.dtype)]).all(0)
-            if bad.any():
-                raise ValueError(
-                    f"on_nonfinite='raise': x must have statistics that are finite in {mean.dtype}, and those of "
-                    f"channels {np.flatnonzero(bad).tolist()} are not"
-                )
-        new_mean, new_var = mean.copy(), var.copy()
-        y, saved = _native.forward_train(
-            x, new_mean, new_var, self._weight, self._bias, momentum, self.eps, self.channel_axis, self.activation,
-            self.negative_slope, residual, out,
-        )  # fmt: skip
-        if np.isfinite(new_mean).all() and np.isfinite(new_var).all():
-            # An interpreter handles a signal after a call or at the end of a loop, and so not between these three.
-            mean[...] = new_mean
-            var[...] = new_var
-            self.num_batches_tracked += saved.count > 0
-        else:
-            self.num_batches_skipped += 1
-        return y, saved
+    def _refuse_nonfinite(self, x: Any) -> None:
+        """Raise if the statistics of `x` are not finite in the dtype of the running ones."""
+        dtype = self._running_mean.dtype
+        count, mean, _, m2 = _native.moments(x, self.channel_axis)
+        with np.errstate(over="ignore"):
+            bad = ~np.isfinite([mean.astype(dtype), (m2 / max(count - 1, 1)).astype(dtype)]).all(0)
+        if bad.any():
+            raise ValueError(
+                f"on_nonfinite='raise': x must have statistics that are finite in {dtype}, and those of channels "
+                f"{np.flatnonzero(bad).tolist()} are not"
+            )
 
     def backward(self, grad_output: Any, out: _Array | None = None) -> _Array:
         """Differentiate this thread's last call, and set `grad_weight`, `grad_bias` and `grad_residual`.

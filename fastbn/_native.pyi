@@ -19,6 +19,7 @@ class Saved:
     """
 
     count: int
+    moved: bool
     eps: float
     channel_axis: int
     activation: str | None
@@ -60,6 +61,7 @@ def forward(
 
 # The running statistics take part in the checks of forward_train, and are written last, both or neither:
 # running = (1 - momentum) * running + momentum * batch, with the unbiased variance. Strided arrays are fine.
+# With `guard` they are only written if all would be finite; Saved.moved says whether they were.
 def forward_train(
     x: Any,
     running_mean: _Params,
@@ -73,6 +75,7 @@ def forward_train(
     negative_slope: float,
     residual: Any,
     out: _Array | None,
+    guard: bool = False,
 ) -> tuple[_Array, Saved]: ...
 def normalize(
     x: Any,

@@ -2,8 +2,6 @@
 #
 # Every function checks all of its arguments before it writes anything, and errors name the argument. What the C core
 # gets is a geometry, tensors, and parameters widened to float64.
-#
-# cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 import os
 
 cimport cython
@@ -12,7 +10,7 @@ from cpython.object cimport PyObject
 from libc.math cimport isfinite, isnan, sqrt
 from libc.stdint cimport int64_t, intptr_t, uint8_t, uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 import numpy as np
 
@@ -517,6 +515,7 @@ cdef class Saved:
     """
 
     cdef readonly int64_t count
+    cdef readonly bint moved  # whether running statistics followed this batch
     cdef readonly double eps
     cdef readonly int channel_axis
     cdef readonly object activation
@@ -582,7 +581,7 @@ cdef uint8_t *gate_data(Saved s) noexcept:
 
 cdef tuple run_forward(object x_given, object running_mean, object running_var, object weight, object bias,
                        object momentum, object eps_given, object channel_axis, object activation,
-                       object negative_slope, object residual_given, object out):
+                       object negative_slope, object residual_given, object out, bint guard):
     cdef cnp.ndarray x = view_of(x_given, "x")
     cdef int code = data_code(x, "x")
     cdef int axis = axis_of(x, channel_axis)
@@ -642,13 +641,14 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
     check(status)
     finish(o)
     saved.count = stats.count
-    if running_mean is not None or running_var is not None:
-        update_running(running_mean, running_var, factor, &stats, channels)
+    result = y, saved
+    # From here on nothing asks for memory: a caller moves a counter together with the statistics.
+    saved.moved = update_running(running_mean, running_var, factor, &stats, channels, guard)
     for i in range(channels):
         stats.m2[i] /= <double>stats.count
     saved.mean, saved.mean_lo, saved.var = mean, mean_lo, m2
     lock_saved(saved)
-    return y, saved
+    return result
 
 
 cdef int lock_saved(Saved s) except -1:
@@ -658,52 +658,56 @@ cdef int lock_saved(Saved s) except -1:
     return 0
 
 
-cdef double running_get(cnp.ndarray a, Py_ssize_t i) noexcept:
-    cdef const char *at = <const char *>cnp.PyArray_DATA(a) + i * cnp.PyArray_STRIDE(a, 0)
-    return (<const float *>at)[0] if cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32 else (<const double *>at)[0]
-
-
-cdef void running_set(cnp.ndarray a, Py_ssize_t i, double value) noexcept:
+cdef double running_next(cnp.ndarray a, Py_ssize_t i, double factor, double batch, bint write) noexcept:
+    """(1 - factor) * running + factor * batch in the array's dtype, whatever its alignment and byte order."""
     cdef char *at = <char *>cnp.PyArray_DATA(a) + i * cnp.PyArray_STRIDE(a, 0)
-    if cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32:
-        (<float *>at)[0] = <float>value
-    else:
-        (<double *>at)[0] = value
+    cdef float narrow
+    cdef double value
+    cdef bint is_narrow = cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32
+    cdef size_t size = sizeof(float) if is_narrow else sizeof(double)
+    cdef char *number = <char *>&narrow if is_narrow else <char *>&value
+    memcpy(number, at, size)
+    if not PyArray_ISNOTSWAPPED(a):
+        reverse(number, size)
+    value = (1.0 - factor) * (<double>narrow if is_narrow else value) + factor * batch
+    narrow = <float>value
+    if write:
+        if not PyArray_ISNOTSWAPPED(a):
+            reverse(number, size)
+        memcpy(at, number, size)
+    return <double>narrow if is_narrow else value
 
 
-cdef int update_running(object running_mean, object running_var, double factor, const fbn_moments *stats,
-                        Py_ssize_t channels) except -1:
-    """running = (1 - factor) * running + factor * batch, with the unbiased variance. Nothing below can fail half way."""
-    cdef cnp.ndarray mean = running_mean
-    cdef cnp.ndarray var = running_var
-    cdef cnp.ndarray given_mean = mean
-    cdef cnp.ndarray given_var = var
+cdef void reverse(char *bytes, size_t n) noexcept:
+    cdef size_t i
+    for i in range(n // 2):
+        bytes[i], bytes[n - 1 - i] = bytes[n - 1 - i], bytes[i]
+
+
+cdef bint update_running(cnp.ndarray mean, cnp.ndarray var, double factor, const fbn_moments *stats,
+                         Py_ssize_t channels, bint guard) noexcept:
+    """Moves both, the variance by the unbiased one; or neither, and returns False, where `guard` finds one not finite."""
+    cdef double rest = <double>stats.count - 1.0
     cdef Py_ssize_t i
-    cdef double count = <double>stats.count
-    if mean is not None and not cnp.PyArray_ISBEHAVED_RO(mean):
-        mean = mean.astype(mean.dtype.newbyteorder("="))
-    if var is not None and not cnp.PyArray_ISBEHAVED_RO(var):
-        var = var.astype(var.dtype.newbyteorder("="))
-    for i in range(channels):
-        if mean is not None:
-            running_set(mean, i, (1.0 - factor) * running_get(mean, i) + factor * stats.mean[i])
-        if var is not None:
-            running_set(var, i, (1.0 - factor) * running_get(var, i) + factor * (stats.m2[i] / (count - 1.0)))
-    if mean is not given_mean:
-        given_mean[...] = mean
-    if var is not given_var:
-        given_var[...] = var
-    return 0
+    cdef bint write
+    for write in range(not guard, 2):
+        for i in range(channels):
+            if mean is not None and not isfinite(running_next(mean, i, factor, stats.mean[i], write)) and not write:
+                return False
+            if var is not None and not isfinite(running_next(var, i, factor, stats.m2[i] / rest, write)) and not write:
+                return False
+    return True
 
 
 def forward(x, weight, bias, eps, channel_axis, activation, negative_slope, residual, out):
-    return run_forward(x, None, None, weight, bias, 0.0, eps, channel_axis, activation, negative_slope, residual, out)
+    return run_forward(x, None, None, weight, bias, 0.0, eps, channel_axis, activation, negative_slope, residual, out,
+                       False)
 
 
 def forward_train(x, running_mean, running_var, weight, bias, momentum, eps, channel_axis, activation, negative_slope,
-                  residual, out):
+                  residual, out, guard=False):
     return run_forward(x, running_mean, running_var, weight, bias, momentum, eps, channel_axis, activation,
-                       negative_slope, residual, out)
+                       negative_slope, residual, out, guard)
 
 
 # ---- inference ----

@@ -26,7 +26,7 @@ static fbn_cpuid_regs fbn_cpuid(unsigned leaf)
         r = (fbn_cpuid_regs){(unsigned)v[0], (unsigned)v[1], (unsigned)v[2], (unsigned)v[3]};
     }
 #else
-    if (__get_cpuid_max(0, NULL) >= leaf) {
+    if ((unsigned)__get_cpuid_max(0, NULL) >= leaf) {
         __cpuid_count(leaf, 0, r.a, r.b, r.c, r.d);
     }
 #endif

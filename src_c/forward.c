@@ -60,8 +60,8 @@ fbn_status fbn_forward(const fbn_geometry *g, fbn_tensor x, const fbn_tensor *re
     if (residual != NULL) {
         f.work.pass.other = *residual;
     }
-    if (x.data == NULL || y.data == NULL || affine == NULL || out == NULL ||
-        !fbn_pass_ready(&f.work.pass, g, act, FBN_PLAN_FORWARD, threads)) {
+    if (x.data == NULL || y.data == NULL || affine == NULL || out == NULL || out->mean == NULL ||
+        out->mean_lo == NULL || out->m2 == NULL || !fbn_pass_ready(&f.work.pass, g, act, FBN_PLAN_FORWARD, threads)) {
         return FBN_BAD_ARGUMENT;
     }
     fbn_status status = fbn_work_begin(&f.work, true);

@@ -133,6 +133,9 @@ bool fbn_geometry_valid(const fbn_geometry *g)
            fbn_product(elements, 16, &bytes);
 }
 
+/* Elements: far beyond any address space, and short of overflow also for what is prefetched some rows ahead. */
+#define FBN_FARTHEST (INT64_MAX / 32 / 8192)
+
 bool fbn_tensor_valid(const fbn_geometry *g, const fbn_tensor *t)
 {
     int64_t size = fbn_dtype_size(g->dtype);
@@ -141,6 +144,6 @@ bool fbn_tensor_valid(const fbn_geometry *g, const fbn_tensor *t)
     return t->data != NULL && (uintptr_t)t->data % (uintptr_t)size == 0 && t->outer_stride > INT64_MIN / 2 &&
            t->channel_stride > INT64_MIN / 2 && (g->family == FBN_ROWS || t->channel_stride == 1) &&
            fbn_product(g->outer, fbn_magnitude(t->outer_stride), &reach) &&
-           fbn_product(g->channels, fbn_magnitude(t->channel_stride), &across) && reach <= INT64_MAX / 32 - across &&
-           across <= INT64_MAX / 32;
+           fbn_product(g->channels, fbn_magnitude(t->channel_stride), &across) && reach <= FBN_FARTHEST - across &&
+           across <= FBN_FARTHEST;
 }

@@ -11,7 +11,7 @@ static void fbn_moments_task(int tid, int team, void *context)
 fbn_status fbn_moments_of(const fbn_geometry *g, fbn_tensor x, int threads, fbn_moments *out)
 {
     fbn_work w = {.pass = {.x = x}};
-    if (x.data == NULL || out == NULL ||
+    if (x.data == NULL || out == NULL || out->mean == NULL || out->mean_lo == NULL || out->m2 == NULL ||
         !fbn_pass_ready(&w.pass, g, (fbn_act){FBN_IDENTITY, 0.0}, FBN_PLAN_MOMENTS, threads)) {
         return FBN_BAD_ARGUMENT;
     }

@@ -12,7 +12,8 @@ struct fbn_prepared {
 
 fbn_status fbn_prepare(fbn_dtype dtype, int64_t channels, const fbn_affine *affine, fbn_prepared **out)
 {
-    if ((unsigned)dtype >= FBN_DTYPE_COUNT || channels < 0 || affine == NULL || out == NULL) {
+    if ((unsigned)dtype >= FBN_DTYPE_COUNT || channels < 0 || affine == NULL || affine->mean == NULL ||
+        affine->var == NULL || out == NULL) {
         return FBN_BAD_ARGUMENT;
     }
     fbn_prepared *p = malloc(sizeof *p);

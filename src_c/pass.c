@@ -61,7 +61,7 @@ bool fbn_pass_ready(fbn_pass *pass, const fbn_geometry *g, fbn_act act, fbn_op o
     pass->g = *g;
     pass->kernels = fbn_kernels_for(g->dtype);
     pass->plan = fbn_make_plan(g, &call, fbn_this_machine());
-    pass->rule = (fbn_gate_rule){.kind = act.kind,
+    pass->rule = (fbn_gate_rule){.kind = (int)act.kind,
                                  .upper = act.kind == FBN_RELU6 ? 6.0 : (double)INFINITY,
                                  .negative = act.kind == FBN_LEAKY_RELU ? act.negative_slope : 0.0};
     return true;
@@ -441,16 +441,17 @@ fbn_status fbn_rooms_begin(fbn_work *w, bool reduces)
     int64_t width = fbn_panel_width(&w->pass);
     int64_t tile = fbn_tile_room(&w->pass, reduces);
     w->rooms = team == 1 ? &w->one : calloc((size_t)team, sizeof *w->rooms);
-    bool ok = w->rooms != NULL;
-    for (int i = 0; ok && i < team; i++) {
+    bool ok = true;
+    for (int i = 0; ok && w->rooms != NULL && i < team; i++) {
         fbn_room *room = &w->rooms[i];
         room->tile = tile == 0 ? NULL : malloc((size_t)tile);
         ok = (tile == 0 || room->tile != NULL) && (width == 0 || fbn_coefs_alloc(&room->panel, w->pass.g.dtype, width));
     }
-    if (!ok) {
+    if (!ok || w->rooms == NULL) {
         fbn_work_end(w);
+        return FBN_NO_MEMORY;
     }
-    return ok ? FBN_OK : FBN_NO_MEMORY;
+    return FBN_OK;
 }
 
 fbn_status fbn_work_begin(fbn_work *w, bool reduces)

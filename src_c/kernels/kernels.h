@@ -45,6 +45,12 @@ typedef struct {
 enum { FBN_LINE = 64 };
 static inline void *fbn_to_line(void *p) { return (char *)p + (FBN_LINE - (uintptr_t)p % FBN_LINE) % FBN_LINE; }
 
+/* So many bytes from p, in which nothing need lie: a prefetch of nowhere does nothing. */
+static inline const void *fbn_ahead(const void *p, int64_t bytes)
+{
+    return (const void *)((uintptr_t)p + (uintptr_t)bytes);
+}
+
 /* `tile`: fbn_tile_bytes(columns) of memory, aligned for any type, that a kernel of columns works in. An odd step keeps
  * the arrays in it from lying a power of two apart, where loads wait for stores that they have nothing to do with. */
 static inline int64_t fbn_tile_step(int64_t columns) { return (columns + 15) / 16 * 16 + 16; }

@@ -152,7 +152,7 @@ static inline void v_stream_f64(double *p, v_f64 x) { v_store_f64(p, x); }
 static inline v_f32 v_load_part_f32(const float *p, int n)
 {
     float buffer[16] = {0};
-    memcpy(buffer, p, (size_t)n * sizeof *p);
+    memcpy(buffer, p, (size_t)(n & 15) * sizeof *p); /* n < 16, which a compiler cannot know */
     return v_load_f32(buffer);
 }
 
