@@ -25,6 +25,7 @@ class Saved:
     activation: str | None
     negative_slope: float
     has_residual: bool
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...  # TypeError: a forward makes it
     @property
     def mean(self) -> _Array: ...  # float64 (C,), read-only
     @property

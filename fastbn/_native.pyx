@@ -130,10 +130,10 @@ cdef extern from "numpy/arrayobject.h":
 
 # ---- dtypes, activations, tiers: one table each ----
 
-DTYPES = ("float32", "float64", "float16", "bfloat16")
-ACTIVATIONS = (None, "relu", "relu6", "leaky_relu")
-OPS = ("moments", "forward", "normalize", "reduce", "backward", "apply")
-FAMILIES = ("rows", "cols")
+_DTYPES = ("float32", "float64", "float16", "bfloat16")
+_ACTIVATIONS = (None, "relu", "relu6", "leaky_relu")
+_OPS = ("moments", "forward", "normalize", "reduce", "backward", "apply")
+_FAMILIES = ("rows", "cols")
 
 cdef object _bf16_type = _bfloat16
 
@@ -159,10 +159,10 @@ cdef fbn_act activation_of(object name, object negative_slope) except *:
     if name is None:
         return act
     if not isinstance(name, str):
-        raise TypeError(f"activation must be None or one of {ACTIVATIONS[1:]}, got {type(name).__name__}")
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be None or one of {ACTIVATIONS[1:]}, got {name!r}")
-    act.kind = <fbn_activation><int>ACTIVATIONS.index(name)
+        raise TypeError(f"activation must be None or one of {_ACTIVATIONS[1:]}, got {type(name).__name__}")
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation must be None or one of {_ACTIVATIONS[1:]}, got {name!r}")
+    act.kind = <fbn_activation><int>_ACTIVATIONS.index(name)
     act.negative_slope = number(negative_slope, "negative_slope")
     if not isfinite(act.negative_slope):
         raise ValueError(f"negative_slope must be finite, got {negative_slope!r}")
@@ -325,7 +325,7 @@ cdef struct Geometry:
     fbn_tensor t[4]
 
 
-cdef class Operands:
+cdef class _Operands:
     """Up to four arrays of one shape as one geometry; copies where strides, alignment, byte order or overlap ask for it.
 
     The first array is x. Those from `written` on are outputs: what was computed into a copy is put back by finish().
@@ -365,12 +365,12 @@ cdef bint same_geometry(const fbn_geometry *a, const fbn_geometry *b) noexcept:
     return a.family == b.family and a.outer == b.outer and a.channels == b.channels and a.inner == b.inner
 
 
-cdef Operands arrange(cnp.ndarray x, cnp.ndarray other, cnp.ndarray out, cnp.ndarray extra, int code, int axis,
+cdef _Operands arrange(cnp.ndarray x, cnp.ndarray other, cnp.ndarray out, cnp.ndarray extra, int code, int axis,
                       const fbn_geometry *wanted, object walk, Geometry *geo):
     """Brings x, what is read beside it, and the outputs to x's geometry; to `wanted`, by way of the strides `walk`, where
     there is a gate that was laid out by them.
     """
-    cdef Operands o = Operands.__new__(Operands)
+    cdef _Operands o = _Operands.__new__(_Operands)
     cdef cnp.ndarray like = x
     o.a0, o.a1, o.a2, o.a3 = x, other, out, extra
     if wanted != NULL and (<object>x).strides != walk:
@@ -410,7 +410,7 @@ cdef bint has_gaps(cnp.ndarray x) noexcept:
     return high - low != <uintptr_t>cnp.PyArray_NBYTES(x)
 
 
-cdef int finish(Operands o) except -1:
+cdef int finish(_Operands o) except -1:
     if o.back is not None:
         for array, copy in o.back:
             array[...] = copy
@@ -454,7 +454,7 @@ cdef int load(object p, Py_ssize_t channels, str name, double *to) except -1:
     return 0
 
 
-cdef class Params:
+cdef class _ParamBlock:
     """Float64 copies of a call's parameters, `slots` arrays of one element per channel."""
 
     cdef double *memory
@@ -467,8 +467,8 @@ cdef class Params:
         return self.memory + i * self.channels
 
 
-cdef Params params(Py_ssize_t channels, int slots):
-    cdef Params p = Params.__new__(Params)
+cdef _ParamBlock params(Py_ssize_t channels, int slots):
+    cdef _ParamBlock p = _ParamBlock.__new__(_ParamBlock)
     p.channels = channels
     p.memory = <double *>malloc(<size_t>(channels * slots + 1) * sizeof(double))
     if p.memory == NULL:
@@ -553,7 +553,7 @@ cdef Saved new_saved(cnp.ndarray x, int code, int axis, double eps, object activ
     return s
 
 
-cdef Operands arrange_forward(Saved s, cnp.ndarray x, cnp.ndarray residual, cnp.ndarray y, int code, int axis,
+cdef _Operands arrange_forward(Saved s, cnp.ndarray x, cnp.ndarray residual, cnp.ndarray y, int code, int axis,
                               Geometry *geo):
     """With an activation after a residual, whose sign cannot be recomputed, one bit an element is kept. The backward
     finds it by the geometry of x without gaps, which is what all that it may have to copy collapses to.
@@ -561,7 +561,7 @@ cdef Operands arrange_forward(Saved s, cnp.ndarray x, cnp.ndarray residual, cnp.
     cdef Geometry tight
     cdef const fbn_geometry *wanted = NULL
     cdef bint gated = s is not None and s.has_residual and s.activation is not None
-    cdef Operands o
+    cdef _Operands o
     if gated and has_gaps(x):
         collapse(blank(x), None, None, None, code, axis, &tight)
         wanted = &tight.g
@@ -591,12 +591,12 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
     cdef double factor = number(momentum, "momentum")
     cdef cnp.ndarray residual = None
     cdef cnp.ndarray y
-    cdef Params p = params(channels, 2)
+    cdef _ParamBlock p = params(channels, 2)
     cdef fbn_affine affine
     cdef fbn_moments stats
     cdef Geometry geo
     cdef Saved saved
-    cdef Operands o
+    cdef _Operands o
     cdef fbn_status status
     cdef int threads = fbn_get_num_threads()
     cdef fbn_tensor *other = NULL
@@ -726,7 +726,7 @@ cdef class Prepared:
 
     def __init__(self, dtype, mean, var, weight, bias, eps, channel_axis, activation, negative_slope):
         cdef fbn_affine affine
-        cdef Params p
+        cdef _ParamBlock p
         cdef cnp.ndarray first
         if self.prepared != NULL:
             raise TypeError("a prepared map is immutable")
@@ -752,14 +752,14 @@ cdef class Prepared:
         cdef int code = data_code(vx, "x")
         cdef int axis = axis_of(vx, self.axis)
         cdef Geometry geo
-        cdef Operands o
+        cdef _Operands o
         cdef fbn_status status
         cdef fbn_tensor *other = NULL
         cdef int threads = fbn_get_num_threads()
         if self.prepared == NULL:
             raise TypeError("this map was never prepared")
         if code != self.code:
-            raise TypeError(f"x must have dtype {DTYPES[self.code]}, got {vx.dtype}")
+            raise TypeError(f"x must have dtype {_DTYPES[self.code]}, got {vx.dtype}")
         if cnp.PyArray_DIM(vx, axis) != self.channels:
             raise ValueError(
                 f"x must have {self.channels} channels along axis {axis}, got {cnp.PyArray_DIM(vx, axis)}"
@@ -779,7 +779,7 @@ cdef class Prepared:
         return out if out is not None else y
 
 
-cdef int fill_affine(fbn_affine *affine, Params p, object mean, object var, object weight, object bias,
+cdef int fill_affine(fbn_affine *affine, _ParamBlock p, object mean, object var, object weight, object bias,
                      object eps, str mean_name="mean", str var_name="var") except -1:
     affine.eps = epsilon(eps)
     load(mean, p.channels, mean_name, p.slot(0))
@@ -801,11 +801,11 @@ cdef tuple run_normalize(object x_given, object mean, object var, object weight,
     cdef fbn_act act = activation_of(activation, negative_slope)
     cdef cnp.ndarray residual = None
     cdef cnp.ndarray y
-    cdef Params p = params(channels, 4)
+    cdef _ParamBlock p = params(channels, 4)
     cdef fbn_affine affine
     cdef Geometry geo
     cdef Saved saved = None
-    cdef Operands o
+    cdef _Operands o
     cdef fbn_status status
     cdef int threads = fbn_get_num_threads()
     cdef fbn_tensor *other = NULL
@@ -870,10 +870,10 @@ def backward(grad_output, x, Saved saved not None, weight, bias, out):
     cdef Py_ssize_t channels
     cdef cnp.ndarray dx
     cdef cnp.ndarray dresidual = None
-    cdef Params p
+    cdef _ParamBlock p
     cdef fbn_affine affine
     cdef Geometry geo
-    cdef Operands o
+    cdef _Operands o
     cdef fbn_act act
     cdef fbn_status status
     cdef int threads = fbn_get_num_threads()
@@ -886,7 +886,7 @@ def backward(grad_output, x, Saved saved not None, weight, bias, out):
     cdef bint training = saved.count > 0
     cdef Py_ssize_t i
     if code != saved.code:
-        raise TypeError(f"x must have the dtype of the forward's x, {DTYPES[saved.code]}, got {vx.dtype}")
+        raise TypeError(f"x must have the dtype of the forward's x, {_DTYPES[saved.code]}, got {vx.dtype}")
     if (<object>vx).shape != saved.shape:
         raise ValueError(f"x must have the shape of the forward's x, {saved.shape}, got {(<object>vx).shape}")
     check_like(dy, vx, code, "grad_output")
@@ -938,7 +938,7 @@ def moments(x, channel_axis):
     cdef Py_ssize_t channels = cnp.PyArray_DIM(vx, axis)
     cdef fbn_moments stats
     cdef Geometry geo
-    cdef Operands o
+    cdef _Operands o
     cdef fbn_status status
     cdef int threads = fbn_get_num_threads()
     mean = np.zeros(channels, dtype=np.float64)
@@ -965,10 +965,10 @@ def backward_reduce(grad_output, x, mean, channel_axis):
     cdef fbn_affine affine
     cdef fbn_act act = activation_of(None, None)
     cdef Geometry geo
-    cdef Operands o
+    cdef _Operands o
     cdef fbn_status status
     cdef int threads = fbn_get_num_threads()
-    cdef Params p = params(channels, 1)
+    cdef _ParamBlock p = params(channels, 1)
     cdef double *a
     cdef double *b
     check_like(dy, vx, code, "grad_output")
@@ -997,10 +997,10 @@ def backward_apply(grad_output, x, mean, var, weight, sum_dy, sum_dy_xmu, count,
     cdef fbn_affine affine
     cdef fbn_act act = activation_of(None, None)
     cdef Geometry geo
-    cdef Operands o
+    cdef _Operands o
     cdef fbn_status status
     cdef int threads = fbn_get_num_threads()
-    cdef Params p = params(channels, 6)
+    cdef _ParamBlock p = params(channels, 6)
     cdef cnp.ndarray dx
     cdef double n = number(count, "count")
     cdef double *a = p.slot(4)
@@ -1096,10 +1096,10 @@ def plan(str op, str dtype, str family, outer, channels, inner, threads, gated=F
     cdef fbn_call call
     cdef fbn_machine m = fbn_this_machine()[0]
     cdef fbn_plan p
-    g.dtype = <fbn_dtype><int>DTYPES.index(dtype)
-    g.family = <fbn_family><int>FAMILIES.index(family)
+    g.dtype = <fbn_dtype><int>_DTYPES.index(dtype)
+    g.family = <fbn_family><int>_FAMILIES.index(family)
     g.outer, g.channels, g.inner = outer, channels, inner
-    call.op = OPS.index(op)
+    call.op = _OPS.index(op)
     call.threads, call.gated, call.adjacent = threads, gated, adjacent
     if machine is not None:
         m.l1, m.l2, m.l3 = machine["l1"], machine["l2"], machine["l3"]
