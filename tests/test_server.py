@@ -29,8 +29,9 @@ def parameters(tmp_path_factory):
 
 @pytest.mark.parametrize("server", ["uvicorn", "gunicorn --preload -w 2"])
 def test_every_request_is_answered(server, parameters, monkeypatch):
-    """Row 2, 2 x 200 requests. gunicorn: red with FBN_OPENMP_TEAM, whose forked workers hang. Both: red with a token
-    that is never taken (wrong bits, or more threads than the bound).
+    """Row 2, 2 x 200 requests. gunicorn: red with a child that believes in its parent's workers, and with
+    FBN_OPENMP_TEAM, whose forked workers hang. Both: red with a token that is never taken (wrong bits, or more threads
+    than the bound).
     """
     monkeypatch.syspath_prepend(SERVER)
     monkeypatch.setenv("FASTBN_NUM_THREADS", "3")
