@@ -8,7 +8,7 @@
 #include <stdlib.h>
 
 /* How much of a tensor one step of an apply walk covers: small enough to share, large enough to call a kernel for. */
-enum { FBN_PIECE = 1 << 16, FBN_ROWS_BYTES = 1 << 16, FBN_PANEL_TILE = 8, FBN_REACH = 4096 };
+enum { FBN_PIECE = 1 << 16, FBN_ROWS_BYTES = 1 << 16, FBN_PANEL_TILE = 8, FBN_REACH = 4096, FBN_SOON = 2048 };
 
 static int64_t fbn_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -320,8 +320,8 @@ static void fbn_apply_runs(const fbn_pass *pass, const fbn_coefs *coefs, int64_t
             .gate = gate == NULL ? NULL : gate + i / 16,
             .rows = 1,
             .width = fbn_min(FBN_PIECE, g->inner - i),
-            .ahead = ahead * pass->x.channel_stride * size,
-            .other_ahead = ahead * pass->other.channel_stride * size,
+            .ahead = ahead > 0 ? ahead * pass->x.channel_stride * size : FBN_SOON,
+            .other_ahead = ahead > 0 ? ahead * pass->other.channel_stride * size : FBN_SOON,
             .stream = pass->plan.stream,
         };
         fbn_coef k = fbn_coefs_at(coefs, c);
