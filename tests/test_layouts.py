@@ -432,6 +432,7 @@ def test_x_may_move_before_the_backward(before, after, shape, rng):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space of a child")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer needs the address space")
 def test_more_elements_than_32_bits_count():
     """2**32 and some, in a view that takes 32 KB, where 4 GB are not to be had: 64-bit sizes all the way down."""
     program = """
