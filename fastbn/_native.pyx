@@ -325,6 +325,7 @@ cdef struct Geometry:
     fbn_tensor t[4]
 
 
+@cython.freelist(8)
 cdef class _Operands:
     """Up to four arrays of one shape as one geometry; copies where strides, alignment, byte order or overlap ask for it.
 
@@ -454,6 +455,7 @@ cdef int load(object p, Py_ssize_t channels, str name, double *to) except -1:
     return 0
 
 
+@cython.freelist(8)
 cdef class _ParamBlock:
     """Float64 copies of a call's parameters, `slots` arrays of one element per channel."""
 
@@ -508,6 +510,7 @@ cdef int check(fbn_status status) except -1:
 
 # ---- what a forward leaves ----
 
+@cython.freelist(8)
 cdef class Saved:
     """What a forward leaves for its backward: the statistics, the call's settings, and the gate where one is needed.
 
@@ -537,8 +540,9 @@ cdef class Saved:
         return f"<fastbn Saved: {self.mean.shape[0]} channels, count {self.count}, activation {self.activation!r}>"
 
 
-cdef object frozen_array(Py_ssize_t channels):
-    return np.empty(channels, dtype=np.float64)
+cdef cnp.ndarray vector(Py_ssize_t channels, int typenum=cnp.NPY_FLOAT64):
+    cdef cnp.npy_intp size = channels
+    return cnp.PyArray_SimpleNew(1, &size, typenum)
 
 
 cdef Saved new_saved(cnp.ndarray x, int code, int axis, double eps, object activation, double slope, bint has_residual):
@@ -621,9 +625,9 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
         )
     y = output(out, x, code, "out")
     saved = new_saved(x, code, axis, eps, activation, act.negative_slope, residual is not None)
-    mean = frozen_array(channels)
-    mean_lo = frozen_array(channels)
-    m2 = frozen_array(channels)
+    mean = vector(channels)
+    mean_lo = vector(channels)
+    m2 = vector(channels)
     if cnp.PyArray_SIZE(x) == 0:
         mean[...] = mean_lo[...] = m2[...] = 0.0
         saved.mean, saved.mean_lo, saved.var = mean, mean_lo, m2
@@ -712,6 +716,11 @@ def forward_train(x, running_mean, running_var, weight, bias, momentum, eps, cha
 
 # ---- inference ----
 
+# Bytes of a call that is over before another thread could make use of the GIL.
+cdef enum:
+    BRIEF = 8192
+
+
 cdef class Prepared:
     """One channel-wise affine map made ready once; immutable, thread-safe."""
 
@@ -772,8 +781,11 @@ cdef class Prepared:
         if cnp.PyArray_SIZE(vx) == 0:
             return out if out is not None else y
         o = arrange(vx, vr, y, None, code, axis, NULL, None, &geo)
-        with nogil:
+        if cnp.PyArray_NBYTES(vx) <= BRIEF:
             status = fbn_apply(&geo.g, geo.t[0], other, geo.t[2], NULL, self.prepared, self.act, threads)
+        else:
+            with nogil:
+                status = fbn_apply(&geo.g, geo.t[0], other, geo.t[2], NULL, self.prepared, self.act, threads)
         check(status)
         finish(o)
         return out if out is not None else y
@@ -820,7 +832,7 @@ cdef tuple run_normalize(object x_given, object mean, object var, object weight,
     y = output(out, x, code, "out")
     if save:
         saved = new_saved(x, code, axis, affine.eps, activation, act.negative_slope, residual is not None)
-        saved.mean, saved.mean_lo, saved.var = frozen_array(channels), frozen_array(channels), frozen_array(channels)
+        saved.mean, saved.mean_lo, saved.var = vector(channels), vector(channels), vector(channels)
         for i in range(channels):
             (<double *>cnp.PyArray_DATA(<cnp.ndarray>saved.mean))[i] = affine.mean[i]
             (<double *>cnp.PyArray_DATA(<cnp.ndarray>saved.mean_lo))[i] = 0.0
@@ -852,14 +864,20 @@ def forward_eval(x, mean, var, weight, bias, eps, channel_axis, activation, nega
 
 # ---- backward ----
 
-cdef object gradient_of(object param, int code, Py_ssize_t channels, const double *values):
+cdef cnp.ndarray gradient_of(object param, int code, Py_ssize_t channels, const double *values):
+    """In the parameter's dtype, or that of parameters for such data."""
     cdef Py_ssize_t i
-    cdef cnp.ndarray g = np.empty(channels, dtype=np.float64)
+    cdef cnp.ndarray like = None if param is None else view_of(param, "weight")
+    cdef cnp.ndarray g
+    if (code != FBN_F64) if like is None else (cnp.PyArray_TYPE(like) == cnp.NPY_FLOAT32):
+        g = vector(channels, cnp.NPY_FLOAT32)
+        for i in range(channels):
+            (<float *>cnp.PyArray_DATA(g))[i] = <float>values[i]
+        return g
+    g = vector(channels)
     for i in range(channels):
         (<double *>cnp.PyArray_DATA(g))[i] = values[i]
-    if param is not None:
-        return g.astype(view_of(param, "weight").dtype.newbyteorder("="), copy=False)
-    return g if code == FBN_F64 else g.astype(np.float32)
+    return g if like is None else g.astype(like.dtype.newbyteorder("="), copy=False)
 
 
 def backward(grad_output, x, Saved saved not None, weight, bias, out):

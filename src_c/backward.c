@@ -25,11 +25,19 @@ static void fbn_backward_settle(fbn_backward_call *b, int64_t first, int64_t las
     }
 }
 
+/* What a reduce needs of the forward's coefficients: all, or nothing. */
+static bool fbn_recomputes_sign(const fbn_backward_call *b)
+{
+    return b->work.pass.rule.kind != FBN_IDENTITY && b->work.pass.gate == NULL;
+}
+
 static void fbn_backward_slab(void *context, int tid, int64_t first, int64_t last, int64_t ahead)
 {
     fbn_backward_call *b = context;
     fbn_coefs coefs = b->work.coefs; /* the same arrays, but this slab's own flags */
-    fbn_coefs_fill(&coefs, &b->affine, b->batch, NULL, first, last);
+    if (fbn_recomputes_sign(b)) {
+        fbn_coefs_fill(&coefs, &b->affine, b->batch, NULL, first, last);
+    }
     fbn_reduce(&b->work.pass, &b->work.partials, b->affine.mean, &coefs, &b->work.rooms[tid], first, last, 0, 1);
     fbn_backward_settle(b, first, last);
     fbn_coefs_fill(&coefs, &b->affine, b->batch, &b->sums, first, last);
@@ -57,7 +65,9 @@ static void fbn_backward_apply_task(int tid, int team, void *context)
 
 static void fbn_backward_reduce_all(fbn_backward_call *b)
 {
-    fbn_coefs_fill(&b->work.coefs, &b->affine, b->batch, NULL, 0, b->work.pass.g.channels);
+    if (fbn_recomputes_sign(b)) {
+        fbn_coefs_fill(&b->work.coefs, &b->affine, b->batch, NULL, 0, b->work.pass.g.channels);
+    }
     fbn_parallel(b->work.pass.plan.team, fbn_backward_reduce_task, b);
     fbn_backward_settle(b, 0, b->work.pass.g.channels);
 }

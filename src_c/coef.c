@@ -96,7 +96,7 @@ static void fbn_fill_chunk(fbn_coefs *c, const fbn_affine *affine, bool batch, c
         out[FBN_SHIFT][i] = v.shift;
         out[FBN_GAIN][i] = v.gain;
     }
-    for (int64_t i = 0; i < n && sums != NULL; i++) {
+    for (int64_t i = 0; i < (sums == NULL ? 0 : n); i++) {
         double hi = wide ? mean[i] : (double)(float)mean[i];
         fbn_channel_coef v = {.unit = out[FBN_UNIT][i], .gain = out[FBN_GAIN][i]};
         fbn_backward_of(&v, mean[i], lo[i], hi, var[i], affine->eps, sums->sum_dy[first + i],
