@@ -275,6 +275,20 @@ BUGS = [
     ),
     Bug(
         17,
+        "a copy that shares",
+        "fastbn/_layer.py",
+        "    def __getstate__(self) -> dict[str, Any]:\n",
+        """    def __copy__(self):
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+""",
+        "test_machine.py",
+    ),
+    Bug(
+        17,
         "a counter without a lock",
         "fastbn/_layer.py",
         "            with self._lock:\n                count =",
