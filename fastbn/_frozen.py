@@ -182,13 +182,14 @@ class FrozenBatchNorm(_native.Prepared):
         >>> fastbn.FrozenBatchNorm.from_batch_norm(fastbn.BatchNorm(3, activation="relu"))
         FrozenBatchNorm(3, eps=1e-05, channel_axis=1, activation='relu', dtype=float32)
         """
-        if bn.running_mean is None or bn.running_var is None:
-            raise ValueError("bn must have running statistics, and was made with track_running_stats=False")
-        return cls(
-            bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps,
-            channel_axis=bn.channel_axis, activation=bn.activation, negative_slope=bn.negative_slope,
-            dtype=bn.dtype if dtype is None else dtype,
-        )  # fmt: skip
+        with bn._lock:
+            if bn.running_mean is None or bn.running_var is None:
+                raise ValueError("bn must have running statistics, and was made with track_running_stats=False")
+            return cls(
+                bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps,
+                channel_axis=bn.channel_axis, activation=bn.activation, negative_slope=bn.negative_slope,
+                dtype=bn.dtype if dtype is None else dtype,
+            )  # fmt: skip
 
     @classmethod
     def from_state_dict(

@@ -262,7 +262,7 @@ def moments(x: Any, *, channel_axis: int = 1) -> Moments:
 
     Notes
     -----
-    Blocks of a few thousand elements are reduced about one of their own elements and merged by the formula of Chan,
+    Blocks of a few thousand elements are reduced about a number near their mean and merged by the formula of Chan,
     Golub & LeVeque (1979).
 
     Examples

@@ -193,6 +193,8 @@ class BatchNorm:
         self.momentum = None if momentum is None else _number("momentum", momentum, 0.0, 1.0)
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
+        if isinstance(channel_axis, bool) or not hasattr(channel_axis, "__index__"):
+            raise TypeError(f"channel_axis must be an integer, got {type(channel_axis).__name__}")
         self.channel_axis = operator.index(channel_axis)
         self.activation = _choice("activation", activation, _ACTIVATIONS)
         self.negative_slope = _number("negative_slope", negative_slope, -math.inf, math.inf)
@@ -440,8 +442,7 @@ class BatchNorm:
         >>> op(np.array([[1, 2]], dtype=np.float32))
         array([[1., 2.]], dtype=float32)
         """
-        with self._lock:
-            return FrozenBatchNorm.from_batch_norm(self, dtype)
+        return FrozenBatchNorm.from_batch_norm(self, dtype)
 
     def state_dict(self, prefix: str = "") -> _state.StateDict:
         """Return copies of the parameters and statistics under PyTorch's keys.
@@ -579,7 +580,7 @@ class BatchNorm:
         with self._lock:
             new = self._arrays() | dict(arrays)
             tracked = int(new["num_batches_tracked"]) if self.track_running_stats else None
-            # As in _guarded: no call and no loop, so that no signal comes between.
+            # No call and no loop, so that no signal comes between.
             if self.affine:
                 self._weight[...] = new["weight"]
                 self._bias[...] = new["bias"]
@@ -639,6 +640,8 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     try:
         number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite and from {low} to {high}, got an integer beyond all floats") from None
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}") from None
     if not (math.isfinite(number) and low <= number <= high):

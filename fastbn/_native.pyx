@@ -88,14 +88,14 @@ cdef extern from "geometry.h" nogil:
 cdef extern from "plan.h" nogil:
     ctypedef int fbn_op
     ctypedef struct fbn_machine:
-        int64_t l1, l2, l3
+        int64_t l2, l3
     ctypedef struct fbn_call:
         fbn_op op
         int threads
         bint gated, adjacent
     ctypedef struct fbn_plan:
         int team
-        int64_t slab, panel
+        int64_t slab, tile, panel
         bint stream, backwards, ahead
     fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *machine)
     void fbn_machine_init()
@@ -176,6 +176,8 @@ cdef double number(object value, str name) except? -1.0:
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     try:
         return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must fit a float, got an integer of {value.bit_length()} bits") from None
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}") from None
 
@@ -329,7 +331,8 @@ cdef struct Geometry:
 cdef class _Operands:
     """Up to four arrays of one shape as one geometry; copies where strides, alignment, byte order or overlap ask for it.
 
-    The first array is x. Those from `written` on are outputs: what was computed into a copy is put back by finish().
+    The first array is x, the second is read beside it, the others are outputs: what was computed into a stand-in is put
+    back by finish().
     """
 
     cdef cnp.ndarray a0, a1, a2, a3
@@ -379,16 +382,17 @@ cdef _Operands arrange(cnp.ndarray x, cnp.ndarray other, cnp.ndarray out, cnp.nd
     else:
         # The common case: nothing clashes and everything collapses together.
         if out is not None:
-            if clashes(x, out):
-                o.a0 = native_copy(x, x)
-            if other is not None and clashes(other, out):
-                o.a1 = native_copy(other, x)
+            if clashes(x, out) or (other is not None and clashes(other, out)):
+                o.a2 = blank(x)
+                o.back = [(out, o.a2)]
         if collapse(o.a0, o.a1, o.a2, o.a3, code, axis, geo) and (wanted == NULL or same_geometry(&geo.g, wanted)) and (
-            out is None or not PyArray_ISWRITEABLE(out) or PyArray_IS_C_CONTIGUOUS(out) or not overlaps_itself(out)
+            out is None or PyArray_IS_C_CONTIGUOUS(out) or not overlaps_itself(out)
         ):
             return o
     # Then everything else without gaps, and at last x.
-    for move_x in [False, True][like is not x :]:
+    for move_x in (False, True):
+        if like is not x and not move_x:
+            continue
         o.back = []
         if move_x:
             o.a0 = native_copy(x, like)
@@ -614,8 +618,8 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
         running_check(running_mean, channels, "running_mean")
     if running_var is not None:
         running_check(running_var, channels, "running_var")
-    if isnan(factor):
-        raise ValueError("momentum must be a number, got nan")
+    if not isfinite(factor):
+        raise ValueError(f"momentum must be finite, got {factor}")
     if residual_given is not None:
         residual = view_of(residual_given, "residual")
         check_like(residual, x, code, "residual")
@@ -745,6 +749,8 @@ cdef class Prepared:
             raise ValueError(f"mean must be 1-D, got {cnp.PyArray_NDIM(first)} dimensions")
         self.channels = cnp.PyArray_DIM(first, 0)
         self.act = activation_of(activation, negative_slope)
+        if isinstance(channel_axis, bool) or not hasattr(channel_axis, "__index__"):
+            raise TypeError(f"channel_axis must be an integer, got {type(channel_axis).__name__}")
         self.axis = channel_axis.__index__()
         p = params(self.channels, 4)
         memset(&affine, 0, sizeof(affine))
@@ -877,7 +883,10 @@ cdef cnp.ndarray gradient_of(object param, int code, Py_ssize_t channels, const 
     g = vector(channels)
     for i in range(channels):
         (<double *>cnp.PyArray_DATA(g))[i] = values[i]
-    return g if like is None else g.astype(like.dtype.newbyteorder("="), copy=False)
+    if like is None:
+        return g
+    with np.errstate(all="ignore"):  # no error once dx is written
+        return g.astype(like.dtype.newbyteorder("="), copy=False)
 
 
 def backward(grad_output, x, Saved saved not None, weight, bias, out):
@@ -1082,13 +1091,20 @@ def known_isas():
     return tuple(names)
 
 
-def use_isa(str name not None):
+cdef int cap_isa(str name) except -1:
+    """The best tier up to `name`, whether the machine has that one or a lesser."""
     if not fbn_dispatch(name.encode()):
-        known = name in known_isas()
         raise ValueError(
-            f"ISA {name!r} cannot run here; this machine has {', '.join(isas())}" if known
+            f"ISA {name!r} cannot run here; this machine has {', '.join(isas())}" if name in known_isas()
             else f"unknown ISA {name!r}; the known ones are {', '.join(known_isas())}"
         )
+    return 0
+
+
+def use_isa(str name not None):
+    if name in known_isas() and name not in isas():
+        raise ValueError(f"ISA {name!r} cannot run here; this machine has {', '.join(isas())}")
+    cap_isa(name)
 
 
 def parallel_runtime():
@@ -1105,11 +1121,11 @@ def parallel_counters():
 
 
 def machine():
-    return {"l1": fbn_this_machine().l1, "l2": fbn_this_machine().l2, "l3": fbn_this_machine().l3}
+    return {"l2": fbn_this_machine().l2, "l3": fbn_this_machine().l3}
 
 
 def plan(str op, str dtype, str family, outer, channels, inner, threads, gated=False, adjacent=True, machine=None):
-    """The plan's decisions for a call, without running it; machine overrides cache sizes: {"l1", "l2", "l3"} in bytes."""
+    """The plan's decisions for a call, without running it; machine overrides cache sizes: {"l2", "l3"} in bytes."""
     cdef fbn_geometry g
     cdef fbn_call call
     cdef fbn_machine m = fbn_this_machine()[0]
@@ -1120,9 +1136,9 @@ def plan(str op, str dtype, str family, outer, channels, inner, threads, gated=F
     call.op = _OPS.index(op)
     call.threads, call.gated, call.adjacent = threads, gated, adjacent
     if machine is not None:
-        m.l1, m.l2, m.l3 = machine["l1"], machine["l2"], machine["l3"]
+        m.l2, m.l3 = machine["l2"], machine["l3"]
     p = fbn_make_plan(&g, &call, &m)
-    return {"team": p.team, "slab": p.slab, "panel": p.panel, "stream": bool(p.stream),
+    return {"team": p.team, "slab": p.slab, "tile": p.tile, "panel": p.panel, "stream": bool(p.stream),
             "backwards": bool(p.backwards), "ahead": bool(p.ahead)}
 
 
@@ -1153,7 +1169,7 @@ cdef int _init() except -1:
     fbn_parallel_init()
     fbn_dispatch(NULL)
     if cap is not None:
-        use_isa(cap)
+        cap_isa(cap)
     return 0
 
 

@@ -92,6 +92,13 @@ static const fbn_isa *const fbn_tables[FBN_TIERS] = {FBN_AVX512, FBN_AVX2, FBN_N
 static fbn_tier fbn_tiers[FBN_TIERS] = {
     {"avx512", false, false}, {"avx2", false, false}, {"neon", false, false}, {"scalar", true, true}};
 
+/* The tiers of this architecture, built and runnable or not. */
+#if defined(FBN_X86)
+static const bool fbn_native_tiers[FBN_TIERS] = {true, true, false, true};
+#else
+static const bool fbn_native_tiers[FBN_TIERS] = {false, false, true, true};
+#endif
+
 static const fbn_isa *fbn_current = &fbn_isa_scalar;
 
 static void fbn_probe(void)
@@ -114,7 +121,7 @@ bool fbn_dispatch(const char *cap)
     while (cap != NULL && i < FBN_TIERS && strcmp(fbn_tiers[i].name, cap) != 0) {
         i++;
     }
-    if (i == FBN_TIERS || (cap != NULL && !fbn_tiers[i].runnable)) {
+    if (i == FBN_TIERS || (cap != NULL && !fbn_native_tiers[i])) {
         return false;
     }
     while (!fbn_tiers[i].runnable) {

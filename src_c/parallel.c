@@ -191,10 +191,28 @@ static void *fbn_work(void *argument)
     return NULL;
 }
 
+/* A new thread inherits where its creator may run; but the workers are the process's, not those of a caller that was
+ * pinned to one processor. */
+static void fbn_free_from_caller(pthread_attr_t *attributes)
+{
+#if defined(__linux__)
+    cpu_set_t process;
+    if (sched_getaffinity(getpid(), sizeof process, &process) == 0)
+        pthread_attr_setaffinity_np(attributes, sizeof process, &process);
+#else
+    (void)attributes;
+#endif
+}
+
 static bool fbn_start_worker(int tid)
 {
     pthread_t thread;
-    if (pthread_create(&thread, NULL, fbn_work, (void *)(intptr_t)tid) != 0) return false;
+    pthread_attr_t attributes;
+    if (pthread_attr_init(&attributes) != 0) return false;
+    fbn_free_from_caller(&attributes);
+    bool started = pthread_create(&thread, &attributes, fbn_work, (void *)(intptr_t)tid) == 0;
+    pthread_attr_destroy(&attributes);
+    if (!started) return false;
 #if defined(__linux__)
     pthread_setname_np(thread, "fastbn");
 #endif

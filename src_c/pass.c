@@ -7,9 +7,6 @@
 #include <math.h>
 #include <stdlib.h>
 
-/* How much of a tensor one step of an apply walk covers: small enough to share, large enough to call a kernel for. */
-enum { FBN_PIECE = 1 << 16, FBN_ROWS_BYTES = 1 << 16, FBN_PANEL_TILE = 8, FBN_REACH = 4096, FBN_SOON = 2048 };
-
 static int64_t fbn_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static void *fbn_at(const fbn_tensor *t, int64_t size, int64_t o, int64_t c, int64_t i)
@@ -70,12 +67,12 @@ bool fbn_pass_ready(fbn_pass *pass, const fbn_geometry *g, fbn_act act, fbn_op o
 /* ---- reduce ---- */
 
 /* Whether short planes are summed side by side, as columns. That follows from geometry, strides and dtype, so that the
- * result does not depend on anything else; a gate has words for every plane, which do not join up. */
+ * result does not depend on anything else; in a backward a gate has words for every plane, which do not join up. */
 static bool fbn_by_planes(const fbn_pass *pass)
 {
     const fbn_geometry *g = &pass->g;
-    return g->family == FBN_ROWS && g->inner >= FBN_PLANE_MIN && g->inner <= FBN_PLANE_MAX && pass->gate == NULL &&
-           fbn_adjacent(g, &pass->x) && (!pass->backward || fbn_adjacent(g, &pass->other));
+    return g->family == FBN_ROWS && g->inner >= FBN_PLANE_MIN && g->inner <= FBN_PLANE_MAX &&
+           fbn_adjacent(g, &pass->x) && (!pass->backward || (pass->gate == NULL && fbn_adjacent(g, &pass->other)));
 }
 
 static int64_t fbn_strips(const fbn_pass *pass)

@@ -1,15 +1,15 @@
-/* plan.c -- the policy. Every number here is a measurement; docs/performance.md says which. */
+/* plan.c -- the policy. Its numbers, here and in plan.h, are measurements; docs/performance.md has the telling ones. */
 #include "plan.h"
 
 #include "kernels/channel.h"
 
 #include <stdio.h>
 
-static fbn_machine fbn_machine_now = {32 << 10, 512 << 10, 16 << 20};
+static fbn_machine fbn_machine_now = {512 << 10, 16 << 20};
 
 #if defined(__linux__)
 /* Of all sources the kernel's own tells what one core shares with its neighbours; the C library may report the sum over
- * a whole package. Index 1 is the instruction cache. */
+ * a whole package. */
 static void fbn_ask(int index, int64_t *size)
 {
     char path[64];
@@ -29,7 +29,6 @@ static void fbn_ask(int index, int64_t *size)
 void fbn_machine_init(void)
 {
 #if defined(__linux__)
-    fbn_ask(0, &fbn_machine_now.l1);
     fbn_ask(2, &fbn_machine_now.l2);
     fbn_ask(3, &fbn_machine_now.l3);
 #endif
@@ -39,7 +38,8 @@ const fbn_machine *fbn_this_machine(void) { return &fbn_machine_now; }
 
 int64_t fbn_dtype_size(fbn_dtype dtype) { return dtype == FBN_F64 ? 8 : dtype == FBN_F32 ? 4 : 2; }
 
-/* Bytes below which a parallel region costs more than it saves. */
+/* Bytes below which a parallel region costs more than it saves; what is short enough for a panel, and how many rows and
+ * elements make one worth it; columns of a tile, whose words of a gate must be whole. */
 enum {
     FBN_SERIAL_BYTES = 128 << 10,
     FBN_PANEL_BYTES = 1024,
@@ -47,6 +47,7 @@ enum {
     FBN_PANEL_WIDTH = 1024,
     FBN_TILE = 2048
 };
+_Static_assert(FBN_TILE % 16 == 0, "a tile begins with a word of the gate");
 
 static bool fbn_two_phase(fbn_op op) { return op == FBN_PLAN_FORWARD || op == FBN_PLAN_BACKWARD; }
 

@@ -18,7 +18,7 @@ typedef enum {
 
 /* What the plan knows of the machine, in bytes. */
 typedef struct {
-    int64_t l1, l2, l3;
+    int64_t l2, l3; /* l3 is for those who ask: no decision needs it */
 } fbn_machine;
 
 /* What the plan must know of a call beside its geometry. */
@@ -38,6 +38,11 @@ typedef struct {
     bool backwards; /* an apply walk starts where the reduce before it ended: least of it has left the cache */
     bool ahead;     /* the next slab is prefetched while this one is applied */
 } fbn_plan;
+
+/* How much of a tensor one step of an apply walk covers: small enough to share, large enough to call a kernel for.
+ * Elements of a run, bytes of rows, images of a panel. Then bytes to prefetch over: by a reduce from plane to plane, by
+ * an apply within a run. */
+enum { FBN_PIECE = 1 << 16, FBN_ROWS_BYTES = 1 << 16, FBN_PANEL_TILE = 8, FBN_REACH = 4096, FBN_SOON = 2048 };
 
 fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *machine);
 

@@ -48,6 +48,14 @@ BUGS = [
         "test_fork.py::test_fork_after_a_parallel_call",
     ),
     Bug(
+        11,
+        "huge, gate",
+        "src_c/kernels/sums.inc",
+        "int64_t c = from == to ? to : from / 16 * 16;",
+        "int64_t c = from;",
+        "test_exactness.py::test_a_huge_channel_behind_a_gate",
+    ),
+    Bug(
         1,
         "fork, token",
         "src_c/parallel.c",
@@ -187,8 +195,8 @@ BUGS = [
         13,
         "overlap",
         "fastbn/_native.pyx",
-        "        if clashes(x, out):\n",
-        "        if False:\n",
+        "            if clashes(x, out) or (other is not None and clashes(other, out)):\n",
+        "            if False:\n",
         "test_layouts.py::test_partial_overlap",
     ),
     Bug(

@@ -333,3 +333,37 @@ def test_foreign_tensor_that_cannot_be_viewed(kind, parameter):
     arguments[parameter] = kind()
     with pytest.raises((TypeError, ValueError), match=parameter):
         fastbn.normalize(**arguments)
+
+
+def test_what_constructors_and_scalars_refuse():
+    zeros, ones = np.zeros(3), np.ones(3)
+    for axis in (1.5, None, "1", True):
+        with pytest.raises(TypeError, match="channel_axis"):
+            fastbn.FrozenBatchNorm.from_arrays(zeros, ones, channel_axis=axis)
+        with pytest.raises(TypeError, match="channel_axis"):
+            fastbn.BatchNorm(3, channel_axis=axis)
+    x = np.ones((4, 3), np.float32)
+    for call in (
+        lambda: fastbn.normalize(x, zeros, ones, eps=10**400),
+        lambda: fastbn.BatchNorm(3, eps=10**400),
+        lambda: fastbn.FrozenBatchNorm.from_arrays(zeros, ones, eps=10**400),
+    ):
+        with pytest.raises(ValueError, match="eps"):
+            call()
+    for momentum in (np.inf, -np.inf, np.nan):
+        mean, var = zeros.astype(np.float32), ones.astype(np.float32)
+        with pytest.raises(ValueError, match="momentum"):
+            fastbn.batch_norm(x, mean, var, training=True, momentum=momentum)
+        assert (mean == 0).all()
+        assert (var == 1).all()
+
+
+def test_a_gradient_that_its_dtype_cannot_hold_is_infinite():
+    """And no exception, for dx is written by then. Red where NumPy converts under the caller's errstate."""
+    x = np.array([[1.0], [2.0], [4.0]], np.float32)
+    weight = np.ones(1, np.float16)
+    _, saved = fastbn.batch_norm_forward(x, weight)
+    with np.errstate(all="raise"):
+        _, _, dbias = fastbn.batch_norm_backward(np.full_like(x, 1e6), x, saved, weight)
+    assert dbias.dtype == np.float16
+    assert np.isinf(dbias).all()

@@ -217,6 +217,22 @@ def test_huge_numbers(isa, dtype, layout, size, kind, rng):
     assert_gradients(fastbn.batch_norm_backward(grad_output, x, saved, weight, bias), grad_output, reference, weight)
 
 
+@pytest.mark.parametrize("channel", [0, 5, 15, 16, 22])
+def test_a_huge_channel_behind_a_gate(isa, layout, channel, rng):
+    """Sums made again in float64 read the gate of their own elements. Red with vectors of redo_columns that begin with
+    the channel and not with a word of the gate.
+    """
+    shape, axis = layout(8, 23, 20)
+    x, residual, grad_output = (normal(rng, shape, np.float32) for _ in range(3))
+    for a in (x, grad_output):
+        np.moveaxis(a, axis, 0)[channel] *= np.float32(1e25)
+    options = {"channel_axis": axis, "activation": "relu", "residual": residual}
+    _, saved = fastbn.batch_norm_forward(x, **options)
+    _, reference = twin.batch_norm_forward(x, **options)
+    grad_output = twin.off_kinks(grad_output, reference)
+    assert_gradients(fastbn.batch_norm_backward(grad_output, x, saved), grad_output, reference, None)
+
+
 def test_largest_float16(isa, layout, rng):
     shape, axis = layout(4, 3, 500)
     x = (65504.0 * rng.choice([-1, 1], shape)).astype(np.float16)

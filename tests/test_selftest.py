@@ -11,12 +11,17 @@ from fastbn.__main__ import main
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """A grid that takes no time, without PyTorch."""
-    monkeypatch.setitem(sys.modules, "torch", None)
+def grid(monkeypatch):
+    """A grid that takes no time."""
     monkeypatch.setattr(_selftest, "ITEMSIZE", {"float32": 4, "float16": 2})
     monkeypatch.setattr(_selftest, "OFFSETS", ((0, 1), (1e6, 1)))
     monkeypatch.setattr(_selftest, "SHAPES", (("NCHW", (2, 6, 90, 61)), ("NC", (6000, 7))))
+
+
+@pytest.fixture
+def small(grid, monkeypatch):
+    """The same without PyTorch."""
+    monkeypatch.setitem(sys.modules, "torch", None)
 
 
 def spoil(monkeypatch, name, change):
@@ -101,9 +106,8 @@ def test_the_whole_grid(monkeypatch, capsys):
 
 
 @pytest.mark.torch
-@pytest.mark.usefixtures("small")
-def test_pytorch_stands_beside(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "torch")
+@pytest.mark.usefixtures("grid")
+def test_pytorch_stands_beside(capsys):
     pytest.importorskip("torch")
     assert main(["selftest"]) == 0
     out = capsys.readouterr().out

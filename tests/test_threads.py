@@ -376,3 +376,30 @@ def test_workers_flush_subnormals_if_the_caller_does():
         expected = compute(environment, 1)
         for _ in range(10):
             assert compute(environment, 4) == expected
+
+
+@needs_proc
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs 2 CPUs")
+def test_a_pinned_caller_does_not_pin_the_workers():
+    """Row 5. Red with workers that inherit the affinity of the thread that called first."""
+    got = run(
+        """
+import numpy as np
+import fastbn
+everywhere = os.sched_getaffinity(0)
+x = np.ones((8, 64, 28, 28), np.float32)
+def call():
+    os.sched_setaffinity(threading.get_native_id(), {min(everywhere)})
+    fastbn.moments(x)
+first = threading.Thread(target=call)
+first.start()
+first.join()
+tids = [int(t) for t in os.listdir("/proc/self/task") if open(f"/proc/self/task/{t}/comm").read() == "fastbn\\n"]
+time.sleep(0.05)
+report(workers=len(tids), free=all(os.sched_getaffinity(t) == everywhere for t in tids))
+""",
+        FASTBN_NUM_THREADS="2",
+    )
+    assert got["free"]
+    if _native.parallel_runtime() == "pthreads":
+        assert got["workers"] == 1

@@ -4,9 +4,14 @@
 #ifndef FASTBN_CHANNEL_H
 #define FASTBN_CHANNEL_H
 
+#include <float.h>
 #include <math.h>
 #include <stdbool.h>
 #include <stdint.h>
+
+#if defined(__FAST_MATH__) || (defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != -1)
+#error "fastbn needs arithmetic that rounds as written: no -ffast-math, no extended precision"
+#endif
 
 /* Moments of a set of numbers. The mean is the unevaluated sum mean + lo: with |mean| >> sigma one double is not enough
  * for float64 data. */
@@ -23,8 +28,8 @@ static inline void fbn_two_sum(double a, double b, double *hi, double *lo)
     *hi = sum;
 }
 
-/* Moments of `count` numbers from s = sum (x - pivot) and q = sum (x - pivot)^2. The pivot is one of the numbers, which
- * bounds the cancellation and makes a constant block exact. */
+/* Moments of `count` numbers from s = sum (x - pivot) and q = sum (x - pivot)^2. The pivot is near their mean,
+ * which bounds the cancellation, and equal to them where all are equal, which makes a constant block exact. */
 static inline void fbn_moment_of_block(double count, double pivot, double s, double q, double *mean, double *lo,
                                        double *m2)
 {
