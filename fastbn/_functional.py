@@ -97,7 +97,7 @@ def batch_norm(
     >>> mean
     array([0.2, 2. ], dtype=float32)
     """
-    if training:
+    if training is not False and _native.flag("training", training):
         y, _ = _native.forward_train(
             x,
             running_mean,

@@ -186,16 +186,14 @@ class BatchNorm:
         dtype: DTypeLike,
         on_nonfinite: str,
     ) -> None:
-        self.num_features = operator.index(num_features)
+        self.num_features = _integer("num_features", num_features)
         if self.num_features < 0:
             raise ValueError(f"num_features must be at least 0, got {num_features}")
         self.eps = _number("eps", eps, 0.0, math.inf)
         self.momentum = None if momentum is None else _number("momentum", momentum, 0.0, 1.0)
-        self.affine = bool(affine)
-        self.track_running_stats = bool(track_running_stats)
-        if isinstance(channel_axis, bool) or not hasattr(channel_axis, "__index__"):
-            raise TypeError(f"channel_axis must be an integer, got {type(channel_axis).__name__}")
-        self.channel_axis = operator.index(channel_axis)
+        self.affine = _native.flag("affine", affine)
+        self.track_running_stats = _native.flag("track_running_stats", track_running_stats)
+        self.channel_axis = _integer("channel_axis", channel_axis)
         self.activation = _choice("activation", activation, _ACTIVATIONS)
         self.negative_slope = _number("negative_slope", negative_slope, -math.inf, math.inf)
         self.dtype = np.dtype(dtype)
@@ -391,9 +389,7 @@ class BatchNorm:
         >>> fastbn.BatchNorm(3).train(False).training
         False
         """
-        if not isinstance(mode, bool):
-            raise TypeError(f"mode must be a bool, got {type(mode).__name__}")
-        self.training = mode
+        self.training = _native.flag("mode", mode)
         self._backward_follows = True
         return self
 
@@ -633,6 +629,18 @@ class BatchNorm:
 
 
 _SETTINGS = tuple(inspect.signature(BatchNorm).parameters)
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if abs(number) > np.iinfo(np.intp).max:
+        raise ValueError(f"{name} is too large, got {value!r}")
+    return number
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:

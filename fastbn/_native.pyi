@@ -48,6 +48,7 @@ class Prepared:
     ) -> None: ...
     def __call__(self, x: Any, residual: Any = None, out: _Array | None = None) -> _Array: ...
 
+def flag(name: str, value: object) -> bool: ...  # TypeError for what is no bool
 def forward(
     x: Any,
     weight: _Params,

@@ -189,6 +189,13 @@ cdef double epsilon(object eps) except? -1.0:
     return value
 
 
+def flag(str name, value):
+    """A bool, for what is as good as one elsewhere ("no", None, an array) is a slip here."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return bool(value)
+
+
 # ---- arrays ----
 
 cdef cnp.ndarray view_of(object x, str name):
@@ -198,6 +205,8 @@ cdef cnp.ndarray view_of(object x, str name):
     if isinstance(x, np.ndarray):
         return np.asarray(x)
     if hasattr(x, "__dlpack__"):
+        if hasattr(x, "is_neg") and x.is_neg():  # PyTorch exports the memory and forgets the sign
+            raise TypeError(f"{name} is a tensor whose sign is not in its memory; give its resolve_neg()")
         try:
             return np.from_dlpack(x)
         except Exception as error:

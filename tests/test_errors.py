@@ -367,3 +367,22 @@ def test_a_gradient_that_its_dtype_cannot_hold_is_infinite():
         _, _, dbias = fastbn.batch_norm_backward(np.full_like(x, 1e6), x, saved, weight)
     assert dbias.dtype == np.float16
     assert np.isinf(dbias).all()
+
+
+@pytest.mark.parametrize("value", ["no", "a", None, [], np.nan, object(), np.ones(2), 1], ids=str)
+def test_flags_are_bools(value):
+    x, mean, var = np.ones((4, 3), np.float32), np.zeros(3, np.float32), np.ones(3, np.float32)
+    with pytest.raises(TypeError, match="training"):
+        fastbn.batch_norm(x, mean, var, training=value)
+    for name in ("affine", "track_running_stats"):
+        with pytest.raises(TypeError, match=name):
+            fastbn.BatchNorm(3, **{name: value})
+    assert (mean == 0).all()
+
+
+@pytest.mark.parametrize("value", [None, 1.5, "a", np.ones(2), True])
+def test_num_features_is_an_integer(value):
+    with pytest.raises(TypeError, match="num_features"):
+        fastbn.BatchNorm(value)
+    with pytest.raises(ValueError, match="num_features"):
+        fastbn.BatchNorm(2**70)

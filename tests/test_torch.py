@@ -222,3 +222,12 @@ def test_folding(rng):
     x = torch.randn(2, 3, 8, 8)
     expected = theirs.eval()(convolution(x))
     agree(F.conv2d(x, torch.from_numpy(weight), torch.from_numpy(bias)).numpy(), expected)
+
+
+def test_a_tensor_that_is_the_negative_of_its_memory():
+    """DLPack does not carry the bit."""
+    x = torch.randn(4, 6, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    with pytest.raises(TypeError, match="resolve_neg"):
+        fastbn.batch_norm_forward(x)
+    fastbn.batch_norm_forward(x.resolve_neg())
