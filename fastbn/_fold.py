@@ -147,6 +147,13 @@ class FoldReport:
         The same with one scale for every channel.
     tolerance : float
         The largest such error that counts as fitting.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> report = fastbn.fold_report(np.ones((2, 3)), None, (np.zeros(2), np.array([1.0, 0.25]), None, None, 0.0))
+    >>> report.range_after
+    array([1., 2.])
     """
 
     change: _Float64
