@@ -282,5 +282,4 @@ def _rebuild(cls: type[FrozenBatchNorm], args: tuple[Any, ...], settings: dict[s
 
 def _constant(name: str, value: ArrayLike, shape: tuple[int, ...] | None = None) -> _Float64:
     array = _state.as_parameter(name, value, np.float64, shape)
-    array.flags.writeable = False
-    return array
+    return np.frombuffer(array.tobytes())  # over bytes, which nobody can make writeable again

@@ -29,12 +29,13 @@ _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _PICKLE_VERSION = 1
 
 # A lock that another thread holds at the moment of a fork would stay locked in the child for ever.
-_layers: weakref.WeakSet[BatchNorm] = weakref.WeakSet()
+# By identity: a subclass may say what it likes of equality.
+_layers: weakref.WeakValueDictionary[int, BatchNorm] = weakref.WeakValueDictionary()
 
 
 def _renew_locks() -> None:
-    for layer in _layers:
-        layer._lock = threading.Lock()
+    for layer in list(_layers.values()):
+        layer._lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -51,7 +52,9 @@ def _parameter(name: str, doc: str) -> property:
         array = get(layer)
         if array is None:
             raise ValueError(f"{name} cannot be assigned: this layer was made without it")
-        array[...] = _state.as_parameter(name, value, array.dtype, array.shape)
+        new = _state.as_parameter(name, value, array.dtype, array.shape)
+        with layer._lock:
+            _native.commit(layer, [(array, new)], None)
 
     return property(get, assign, doc=doc)
 
@@ -206,9 +209,10 @@ class BatchNorm:
         self.grad_bias: _Array | None = None
         self.grad_residual: _Array | None = None
         self._backward_follows = True
-        self._lock = threading.Lock()
+        # Reentrant: a signal handler that saves the layer may run inside a call of it.
+        self._lock = threading.RLock()
         self._last = threading.local()
-        _layers.add(self)
+        _layers[id(self)] = self
 
     def _template(self) -> dict[str, _Array]:
         dtype = np.float64 if self.dtype.name == "float64" else np.float32
@@ -270,7 +274,8 @@ class BatchNorm:
             )  # fmt: skip
         elif self.track_running_stats:
             with self._lock:
-                count = self.num_batches_tracked + 1
+                before = self.num_batches_tracked
+                count = before + 1
                 momentum = self.momentum
                 if momentum is None:
                     momentum = 1.0 / count
@@ -285,8 +290,8 @@ class BatchNorm:
                     self.channel_axis, self.activation, self.negative_slope, residual, out,
                     self.on_nonfinite != "propagate",
                 ),))  # fmt: skip
-                if saved.moved:
-                    self.num_batches_tracked = count
+                if saved.moved:  # where a signal handler has trained the layer meanwhile, count both
+                    self.num_batches_tracked = count if self.num_batches_tracked is before else count + 1
                 elif saved.count:
                     self.num_batches_skipped = skipped
         else:
@@ -408,8 +413,8 @@ class BatchNorm:
         >>> fastbn.BatchNorm(3).eval(backward=False).training
         False
         """
-        self.train(False)
-        self._backward_follows = bool(backward)
+        self._backward_follows = _native.flag("backward", backward)
+        self.training = False
         if not backward:
             self._last = threading.local()
         return self
@@ -576,14 +581,10 @@ class BatchNorm:
         with self._lock:
             new = self._arrays() | dict(arrays)
             tracked = int(new["num_batches_tracked"]) if self.track_running_stats else None
-            # No call and no loop, so that no signal comes between.
-            if self.affine:
-                self._weight[...] = new["weight"]
-                self._bias[...] = new["bias"]
-            if self.track_running_stats:
-                self._running_mean[...] = new["running_mean"]
-                self._running_var[...] = new["running_var"]
-                self.num_batches_tracked = tracked
+            own = {"weight": self._weight, "bias": self._bias, "running_mean": self._running_mean}
+            own["running_var"] = self._running_var
+            pairs = [(array, np.ascontiguousarray(new[name])) for name, array in own.items() if array is not None]
+            _native.commit(self, pairs, tracked)
 
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _SETTINGS}
@@ -607,13 +608,15 @@ class BatchNorm:
             new._configure(**settings)
             new.train(pickled["training"])
             new.num_batches_skipped = operator.index(pickled["num_batches_skipped"])
+            if new.num_batches_skipped < 0:
+                raise ValueError(f"num_batches_skipped must not be negative, got {new.num_batches_skipped}")
             state = {"num_batches_tracked": None} | pickled["state"] if new.track_running_stats else pickled["state"]
             arrays, _ = _state.check_state(state, new._template(), new._name(), finite=False)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not the pickled state of a BatchNorm: {error}") from error
         new._fill(arrays)
         self.__dict__.update(new.__dict__)
-        _layers.add(self)
+        _layers[id(self)] = self
 
     def __repr__(self) -> str:
         defaults = inspect.signature(BatchNorm).parameters

@@ -109,6 +109,7 @@ def forward_eval(
     residual: Any,
     out: _Array | None,
 ) -> tuple[_Array, Saved]: ...
+def commit(layer: Any, pairs: list[tuple[_Array, _Array]], tracked: int | None) -> None: ...
 
 # (dx, dweight, dbias, dresidual or None). weight and bias are the forward's. dweight and dbias come in weight's dtype,
 # or in the parameter dtype of x (float64 for float64 data, else float32) where weight is None.

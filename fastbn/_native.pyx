@@ -378,13 +378,29 @@ cdef bint same_geometry(const fbn_geometry *a, const fbn_geometry *b) noexcept:
     return a.family == b.family and a.outer == b.outer and a.channels == b.channels and a.inner == b.inner
 
 
+cdef int still_fits(cnp.ndarray x, cnp.ndarray a, int code) except -1:
+    if not same_shape(a, x) or dtype_code(a) != code:
+        raise RuntimeError("an array changed its shape or dtype during the call")
+    return 0
+
+
 cdef _Operands arrange(cnp.ndarray x, cnp.ndarray other, cnp.ndarray out, cnp.ndarray extra, int code, int axis,
-                      const fbn_geometry *wanted, object walk, Geometry *geo):
+                       Py_ssize_t channels, const fbn_geometry *wanted, object walk, Geometry *geo):
     """Brings x, what is read beside it, and the outputs to x's geometry; to `wanted`, by way of the strides `walk`, where
     there is a gate that was laid out by them.
     """
     cdef _Operands o = _Operands.__new__(_Operands)
     cdef cnp.ndarray like = x
+    # Arguments may have run code of theirs (__float__, __dlpack__) since each was checked. From here on none does.
+    if axis >= cnp.PyArray_NDIM(x) or cnp.PyArray_DIM(x, axis) != channels or cnp.PyArray_SIZE(x) == 0:
+        raise RuntimeError("x changed its shape during the call")
+    still_fits(x, x, code)
+    if other is not None:
+        still_fits(x, other, code)
+    if out is not None:
+        still_fits(x, out, code)
+    if extra is not None:
+        still_fits(x, extra, code)
     o.a0, o.a1, o.a2, o.a3 = x, other, out, extra
     if wanted != NULL and (<object>x).strides != walk:
         like = np.lib.stride_tricks.as_strided(np.empty(1, dtype=x.dtype), (<object>x).shape, walk)
@@ -571,7 +587,7 @@ cdef Saved new_saved(cnp.ndarray x, int code, int axis, double eps, object activ
 
 
 cdef _Operands arrange_forward(Saved s, cnp.ndarray x, cnp.ndarray residual, cnp.ndarray y, int code, int axis,
-                              Geometry *geo):
+                               Py_ssize_t channels, Geometry *geo):
     """With an activation after a residual, whose sign cannot be recomputed, one bit an element is kept. The backward
     finds it by the geometry of x without gaps, which is what all that it may have to copy collapses to.
     """
@@ -582,7 +598,7 @@ cdef _Operands arrange_forward(Saved s, cnp.ndarray x, cnp.ndarray residual, cnp
     if gated and has_gaps(x):
         collapse(blank(x), None, None, None, code, axis, &tight)
         wanted = &tight.g
-    o = arrange(x, residual, y, None, code, axis, wanted, None if wanted == NULL else (<object>x).strides, geo)
+    o = arrange(x, residual, y, None, code, axis, channels, wanted, None if wanted == NULL else (<object>x).strides, geo)
     if gated:
         s.geometry = geo.g
         s.gate = np.empty(fbn_gate_bytes(&geo.g), dtype=np.uint8)
@@ -649,7 +665,7 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
     stats.mean = <double *>cnp.PyArray_DATA(<cnp.ndarray>mean)
     stats.mean_lo = <double *>cnp.PyArray_DATA(<cnp.ndarray>mean_lo)
     stats.m2 = <double *>cnp.PyArray_DATA(<cnp.ndarray>m2)
-    o = arrange_forward(saved, x, residual, y, code, axis, &geo)
+    o = arrange_forward(saved, x, residual, y, code, axis, channels, &geo)
     gate = gate_data(saved)
     if residual is not None:
         other = &geo.t[1]
@@ -749,22 +765,24 @@ cdef class Prepared:
     def __init__(self, dtype, mean, var, weight, bias, eps, channel_axis, activation, negative_slope):
         cdef fbn_affine affine
         cdef _ParamBlock p
-        cdef cnp.ndarray first
-        if self.prepared != NULL:
-            raise TypeError("a prepared map is immutable")
-        self.code = data_code(np.empty(0, dtype=dtype), "dtype")
-        first = view_of(mean, "mean")
-        if cnp.PyArray_NDIM(first) != 1:
-            raise ValueError(f"mean must be 1-D, got {cnp.PyArray_NDIM(first)} dimensions")
-        self.channels = cnp.PyArray_DIM(first, 0)
-        self.act = activation_of(activation, negative_slope)
+        cdef fbn_prepared *prepared = NULL
+        cdef int code = data_code(np.empty(0, dtype=dtype), "dtype")
+        cdef cnp.ndarray first = view_of(mean, "mean")
+        cdef fbn_act act = activation_of(activation, negative_slope)
+        cdef Py_ssize_t channels
         if isinstance(channel_axis, bool) or not hasattr(channel_axis, "__index__"):
             raise TypeError(f"channel_axis must be an integer, got {type(channel_axis).__name__}")
-        self.axis = channel_axis.__index__()
-        p = params(self.channels, 4)
+        axis = channel_axis.__index__()
+        if cnp.PyArray_NDIM(first) != 1:
+            raise ValueError(f"mean must be 1-D, got {cnp.PyArray_NDIM(first)} dimensions")
+        channels = cnp.PyArray_DIM(first, 0)
+        p = params(channels, 4)
         memset(&affine, 0, sizeof(affine))
         fill_affine(&affine, p, mean, var, weight, bias, eps)
-        check(fbn_prepare(<fbn_dtype>self.code, self.channels, &affine, &self.prepared))
+        if self.prepared != NULL:  # asked at last, for an argument may have called us
+            raise TypeError("a prepared map is immutable")
+        check(fbn_prepare(<fbn_dtype>code, channels, &affine, &prepared))
+        self.prepared, self.code, self.channels, self.act, self.axis = prepared, code, channels, act, axis
 
     def __dealloc__(self):
         fbn_release(self.prepared)
@@ -795,7 +813,7 @@ cdef class Prepared:
         y = output(out, vx, code, "out")
         if cnp.PyArray_SIZE(vx) == 0:
             return out if out is not None else y
-        o = arrange(vx, vr, y, None, code, axis, NULL, None, &geo)
+        o = arrange(vx, vr, y, None, code, axis, self.channels, NULL, None, &geo)
         if cnp.PyArray_NBYTES(vx) <= BRIEF:
             status = fbn_apply(&geo.g, geo.t[0], other, geo.t[2], NULL, self.prepared, self.act, threads)
         else:
@@ -855,7 +873,7 @@ cdef tuple run_normalize(object x_given, object mean, object var, object weight,
         lock_saved(saved)
     if cnp.PyArray_SIZE(x) == 0:
         return y, saved
-    o = arrange_forward(saved, x, residual, y, code, axis, &geo)
+    o = arrange_forward(saved, x, residual, y, code, axis, channels, &geo)
     if save:
         gate = gate_data(saved)
     with nogil:
@@ -875,6 +893,19 @@ def normalize(x, mean, var, weight, bias, eps, channel_axis, activation, negativ
 def forward_eval(x, mean, var, weight, bias, eps, channel_axis, activation, negative_slope, residual, out):
     return run_normalize(x, mean, var, weight, bias, eps, channel_axis, activation, negative_slope, residual, out, True,
                          "mean", "var")
+
+
+def commit(layer, list pairs, tracked):
+    """Copies every (to, from) of equal dtype and size, and sets the layer's counter: for whoever holds the GIL, at once."""
+    cdef cnp.ndarray to, source
+    for to, source in pairs:
+        if not (cnp.PyArray_IS_C_CONTIGUOUS(to) and cnp.PyArray_IS_C_CONTIGUOUS(source) and to.dtype == source.dtype
+                and same_shape(to, source)):
+            raise ValueError("what is copied must be contiguous, of one dtype and one shape")
+    for to, source in pairs:
+        memcpy(cnp.PyArray_DATA(to), cnp.PyArray_DATA(source), <size_t>cnp.PyArray_NBYTES(to))
+    if tracked is not None:
+        layer.num_batches_tracked = tracked
 
 
 # ---- backward ----
@@ -948,7 +979,7 @@ def backward(grad_output, x, Saved saved not None, weight, bias, out):
         gate = gate_data(saved)
         if gate != NULL:
             wanted = &saved.geometry
-        o = arrange(vx, dy, dx, dresidual, code, axis, wanted, saved.walk, &geo)
+        o = arrange(vx, dy, dx, dresidual, code, axis, channels, wanted, saved.walk, &geo)
         with nogil:
             status = fbn_backward(&geo.g, geo.t[0], geo.t[1], geo.t[2], extra, gate, &affine, act, training, threads,
                                   sum_dy, sum_dy_xmu)
@@ -985,7 +1016,7 @@ def moments(x, channel_axis):
     stats.mean = <double *>cnp.PyArray_DATA(<cnp.ndarray>mean)
     stats.mean_lo = <double *>cnp.PyArray_DATA(<cnp.ndarray>mean_lo)
     stats.m2 = <double *>cnp.PyArray_DATA(<cnp.ndarray>m2)
-    o = arrange(vx, None, None, None, code, axis, NULL, None, &geo)
+    o = arrange(vx, None, None, None, code, axis, channels, NULL, None, &geo)
     with nogil:
         status = fbn_moments_of(&geo.g, geo.t[0], threads, &stats)
     check(status)
@@ -1017,7 +1048,7 @@ def backward_reduce(grad_output, x, mean, channel_axis):
         return sum_dy, sum_dy_xmu
     a = <double *>cnp.PyArray_DATA(<cnp.ndarray>sum_dy)
     b = <double *>cnp.PyArray_DATA(<cnp.ndarray>sum_dy_xmu)
-    o = arrange(vx, dy, None, None, code, axis, NULL, None, &geo)
+    o = arrange(vx, dy, None, None, code, axis, channels, NULL, None, &geo)
     with nogil:
         status = fbn_backward_reduce(&geo.g, geo.t[0], geo.t[1], NULL, &affine, act, threads, a, b)
     check(status)
@@ -1050,7 +1081,7 @@ def backward_apply(grad_output, x, mean, var, weight, sum_dy, sum_dy_xmu, count,
         raise ValueError(f"count must be finite and not negative, got {count!r}")
     dx = output(out, vx, code, "out")
     if cnp.PyArray_SIZE(vx) > 0:
-        o = arrange(vx, dy, dx, None, code, axis, NULL, None, &geo)
+        o = arrange(vx, dy, dx, None, code, axis, channels, NULL, None, &geo)
         with nogil:
             status = fbn_backward_apply(&geo.g, geo.t[0], geo.t[1], geo.t[2], NULL, NULL, &affine, act, a, b, n, threads)
         check(status)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -298,7 +299,7 @@ def _converted(value: object, like: _Array, finite: bool, positive: bool) -> _Ar
         result = np.array(array, dtype=like.dtype, order="C")
     if finite and not (good := np.isfinite(result)).all():
         raise ValueError(f"must be finite in {like.dtype}, got {np.count_nonzero(~good)} values that are not")
-    if (counter or (finite and positive)) and (result < 0).any():
+    if (counter or positive) and (result < 0).any():
         raise ValueError("must not be negative")
     return result
 
@@ -330,10 +331,12 @@ def _written(file: _File) -> Any:
     if not isinstance(file, (str, os.PathLike)):
         yield file
         return
-    part = f"{os.fspath(file)}.{os.getpid()}.part"
+    part = f"{os.fsdecode(file)}.{secrets.token_hex(8)}.part"
     try:
-        with open(part, "wb") as target:
+        with open(part, "xb") as target:
             yield target
+            target.flush()
+            os.fsync(target.fileno())
         os.replace(part, file)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

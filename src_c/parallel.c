@@ -196,8 +196,9 @@ static void *fbn_work(void *argument)
 static void fbn_free_from_caller(pthread_attr_t *attributes)
 {
 #if defined(__linux__)
-    cpu_set_t process;
-    if (sched_getaffinity(getpid(), sizeof process, &process) == 0)
+    cpu_set_t process, caller;
+    if (sched_getaffinity(getpid(), sizeof process, &process) == 0 &&
+        sched_getaffinity(0, sizeof caller, &caller) == 0 && !CPU_EQUAL(&process, &caller))
         pthread_attr_setaffinity_np(attributes, sizeof process, &process);
 #else
     (void)attributes;
@@ -210,7 +211,9 @@ static bool fbn_start_worker(int tid)
     pthread_attr_t attributes;
     if (pthread_attr_init(&attributes) != 0) return false;
     fbn_free_from_caller(&attributes);
-    bool started = pthread_create(&thread, &attributes, fbn_work, (void *)(intptr_t)tid) == 0;
+    /* A sandbox may forbid to choose processors: then where the caller may run will do. */
+    bool started = pthread_create(&thread, &attributes, fbn_work, (void *)(intptr_t)tid) == 0 ||
+                   pthread_create(&thread, NULL, fbn_work, (void *)(intptr_t)tid) == 0;
     pthread_attr_destroy(&attributes);
     if (!started) return false;
 #if defined(__linux__)

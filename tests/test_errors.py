@@ -386,3 +386,49 @@ def test_num_features_is_an_integer(value):
         fastbn.BatchNorm(value)
     with pytest.raises(ValueError, match="num_features"):
         fastbn.BatchNorm(2**70)
+
+
+class Reshapes:
+    """A number, or a tensor, that gives x another shape when it is asked."""
+
+    def __init__(self, x, value):
+        self.x, self.value = x, value
+
+    def __float__(self):
+        self.x.shape = (self.x.shape[0], -1)
+        return float(self.value)
+
+    def __dlpack_device__(self):
+        return self.value.__dlpack_device__()
+
+    def __dlpack__(self, **options):
+        float(self) if self.value.ndim == 0 else setattr(self.x, "shape", (self.x.shape[0], -1))
+        return self.value.__dlpack__(**options)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 100_000), (4, 3, 50)])
+def test_an_argument_that_changes_the_shape_of_x(shape):
+    """Row 14. Red, by a crash, without the checks of arrange."""
+    three = np.zeros(3), np.ones(3)
+    for call in (
+        lambda x: fastbn.normalize(x, *three, eps=Reshapes(x, 1e-5)),
+        lambda x: fastbn.normalize(x, *three, residual=Reshapes(x, np.zeros(shape, np.float32))),
+        lambda x: fastbn.batch_norm_forward(x, eps=Reshapes(x, 1e-5)),
+        lambda x: fastbn.batch_norm(x, *three, training=True, momentum=Reshapes(x, 0.1)),
+        lambda x: fastbn.batch_norm(x, *three, eps=Reshapes(x, 0.1)),
+        lambda x: fastbn.BatchNorm(3)(x, residual=Reshapes(x, np.zeros(shape, np.float32))),
+        lambda x: fastbn.FrozenBatchNorm.from_arrays(*three)(x, residual=Reshapes(x, np.zeros(shape, np.float32))),
+    ):
+        with pytest.raises((RuntimeError, ValueError)):
+            call(np.ones(shape, np.float32))
+
+
+def test_a_frozen_operation_that_is_made_while_it_is_made():
+    class Again:
+        def __float__(self):
+            fastbn.FrozenBatchNorm.__init__(op, np.zeros(2000), np.ones(2000))
+            return 1e-5
+
+    op = fastbn.FrozenBatchNorm.__new__(fastbn.FrozenBatchNorm)
+    with pytest.raises(TypeError, match="immutable"):
+        fastbn.FrozenBatchNorm.__init__(op, np.zeros(2), np.ones(2), eps=Again())

@@ -54,9 +54,12 @@ def machine(peers: Sequence[Peer] = ()) -> dict[str, Any]:
         "threads": fastbn.get_num_threads(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "system": platform.platform(),
-        "versions": {"Python": platform.python_version()}
-        | {p.name: importlib.metadata.version(p.package) for p in peers},
+        "versions": {"Python": platform.python_version()} | {p.name: _version(p) for p in peers},
     }
+
+
+def _version(peer: Peer) -> str:
+    return fastbn.__version__ if peer.package == "fastbn" else importlib.metadata.version(peer.package)
 
 
 def describe(info: dict[str, Any]) -> str:
