@@ -2,33 +2,34 @@
 
 import argparse
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
 # Run as a folder, Python looks for modules inside it; the studies are a package beside it.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from paper.study import Settings, perform  # noqa: E402
-
-STUDIES = ("mnist",)
+from paper.study import Settings, format_table, perform, studies  # noqa: E402
 
 
 def main() -> int:
+    known = studies()
     parser = argparse.ArgumentParser(
         prog="python examples/paper", description="The studies of the batch norm paper, on fastbn."
     )
-    parser.add_argument(
-        "name", choices=[*STUDIES, "all", "list"], metavar="NAME", help=", ".join([*STUDIES, "all", "list"])
-    )
+    names = [*known, "all", "list"]
+    parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument(
         "--data", metavar="PATH", help="folder or npz of MNIST, or folder of CIFAR-10 (default: scikit-learn's digits)"
     )
     parser.add_argument("--steps", type=int, metavar="N", help="training steps of each network")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="the first seed (default 0)")
-    parser.add_argument("--seeds", type=int, default=3, metavar="K", help="how many seeds (default 3)")
-    parser.add_argument(
+    parser.add_argument("--seeds", type=int, metavar="K", help="how many seeds (default 3; 1 with --short)")
+    scale = parser.add_mutually_exclusive_group()
+    scale.add_argument(
         "--paper", action="store_true", help="the paper's own settings where they differ, which take far longer"
     )
+    scale.add_argument("--short", action="store_true", help="the least that shows the claims: seconds")
     parser.add_argument(
         "--out",
         type=Path,
@@ -39,18 +40,30 @@ def main() -> int:
     parser.add_argument("--format", choices=["png", "svg", "pdf"], default="png", help="of the figures (default png)")
     args = parser.parse_args()
     if args.name == "list":
-        for name in STUDIES:
-            print(f"{name:15} {import_module(f'paper.{name}').TITLE}")
+        for name, subject in known.items():
+            print(f"{name:15} {subject}")
         return 0
-    if args.seeds < 1 or (args.steps is not None and args.steps < 1):
+    count = args.seeds if args.seeds is not None else 1 if args.short else 3
+    if count < 1 or (args.steps is not None and args.steps < 1):
         parser.error("--seeds and --steps must be at least 1")
-    settings = Settings(args.data, args.steps, tuple(range(args.seed, args.seed + args.seeds)), args.paper)
-    try:
-        for name in STUDIES if args.name == "all" else [args.name]:
-            perform(import_module(f"paper.{name}"), settings, args.out, args.format)
-    except (ImportError, ValueError) as error:
-        parser.exit(1, f"{parser.prog} {args.name}: {error}\n")
-    return 0
+    if args.seed < 0:
+        parser.error("--seed must be at least 0")
+    settings = Settings(args.data, args.steps, tuple(range(args.seed, args.seed + count)), args.paper, args.short)
+    chosen = list(known) if args.name == "all" else [args.name]
+    rows = []
+    for name in chosen:
+        start = time.perf_counter()
+        try:
+            claims = perform(import_module(f"paper.{name}"), settings, args.out, args.format)
+        except (ImportError, ValueError) as error:
+            # Of all of them, the others still run: one may need PyTorch, or images in colour.
+            print(f"{parser.prog} {name}: {error}", file=sys.stderr)
+            continue
+        held = f"{sum(claim.holds for claim in claims)} of {len(claims)}"
+        rows.append([name, held, f"{time.perf_counter() - start:.0f}"])
+    if args.name == "all":
+        print(f"\n{format_table(['study', 'claims that hold', 'seconds'], rows)}")
+    return 0 if len(rows) == len(chosen) else 1
 
 
 if __name__ == "__main__":

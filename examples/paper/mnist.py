@@ -14,7 +14,7 @@ from paper.training import evaluation_steps, predict, train
 import fastbn
 
 TITLE = "Batch norm trains the sigmoid perceptron sooner, on steadier activations"
-STEPS, PAPER_STEPS = 5000, 50_000
+STEPS, PAPER_STEPS, SHORT_STEPS = 5000, 50_000, 300
 RATE = 0.5
 PERCENTILES = (15, 50, 85)
 KINDS = {"plain": (False, PLAIN, "without batch norm"), "norm": (True, NORM, "with batch norm")}
@@ -40,7 +40,7 @@ def fit(
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    images, steps = settings.images().flat(), settings.count(STEPS, PAPER_STEPS)
+    images, steps = settings.images().flat(), settings.count(STEPS, PAPER_STEPS, SHORT_STEPS)
     numbers: dict[str, Any] = settings.header(images, steps) | {"at": evaluation_steps(steps)}
     numbers["note"] = f"Left: median and range of {len(settings.seeds)} seeds. Right: seed {settings.seeds[0]}."
     with progress(2 * len(settings.seeds) * steps, "mnist") as tick:

@@ -2,10 +2,11 @@
 
 import json
 import os
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +39,19 @@ STYLE = {
 }
 
 
+def studies() -> dict[str, str]:
+    """The studies by number, and what they are about: every module here that opens with `name -- study N: subject`.
+
+    They are not imported, for some need what not everybody has.
+    """
+    found = []
+    for path in Path(__file__).parent.glob("*.py"):
+        opening = re.match(r'"""(\w+) -- study (\d+): (.*)"""', path.read_text(encoding="utf-8"))
+        if opening:
+            found.append((int(opening[2]), path.stem, f"{opening[2]:>2}. {opening[3]}"))
+    return {name: subject for _, name, subject in sorted(found)}
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the command line chose. `steps` is None for the study's own default."""
@@ -46,20 +60,20 @@ class Settings:
     steps: int | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     paper: bool = False
-    options: dict[str, float] = field(default_factory=dict)
+    short: bool = False
 
     def images(self) -> Dataset:
         return load(self.path)
 
-    def header(self, images: Dataset, steps: int) -> dict[str, Any]:
-        """What every study's numbers begin with."""
-        return {"data": images.name, "seeds": list(self.seeds), "steps": steps}
+    def header(self, data: Dataset | str, steps: int) -> dict[str, Any]:
+        """What every study's numbers begin with; `data` is a data set, or what a synthetic one is."""
+        name = data if isinstance(data, str) else data.name
+        return {"data": name, "seeds": list(self.seeds), "steps": steps}
 
-    def count(self, default: int, paper: int | None = None) -> int:
-        """How many steps to train: what was asked for, the paper's number, or the default."""
-        if self.steps is not None:
-            return self.steps
-        return paper if self.paper and paper is not None else default
+    def count(self, default: int, paper: int | None = None, short: int | None = None) -> int:
+        """How many steps to train: what was asked for, the paper's number, the short one, or the default."""
+        chosen = paper if self.paper else short if self.short else None
+        return next(steps for steps in (self.steps, chosen, default) if steps is not None)
 
 
 @dataclass(frozen=True)
@@ -105,7 +119,7 @@ def perform(study: ModuleType, settings: Settings, out: Path, form: str = "png")
         print(f"\n{study.epilogue(numbers)}")
     out.mkdir(parents=True, exist_ok=True)
     record = {"study": name, **numbers, "claims": [asdict(claim) | {"holds": claim.holds} for claim in claims]}
-    (out / f"{name}.json").write_text(json.dumps(record, indent=1, default=_plain) + "\n")
+    (out / f"{name}.json").write_text(json.dumps(_plain(record), indent=1) + "\n")
     save(study.draw, numbers, study.TITLE, out / f"{name}.{form}")
     print(f"\n  {out / name}.json, .{form}")
     return claims
@@ -177,4 +191,13 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
+    """The same as JSON can say it: lists for arrays, null for what is not finite, and the objects' own words."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)
