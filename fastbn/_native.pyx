@@ -128,6 +128,22 @@ cdef extern from "numpy/arrayobject.h":
     bint PyArray_IS_C_CONTIGUOUS(cnp.ndarray)
     cnp.ndarray PyArray_NewLikeArray(cnp.ndarray, cnp.NPY_ORDER, PyObject *, int)
 
+# Parameters and running statistics are read and written in loops that nothing interrupts while there is a GIL. Where
+# there is none, one lock does the same. Nothing under it calls Python, so no fork finds it held.
+cdef extern from *:
+    """
+    #if defined(Py_GIL_DISABLED)
+    static PyMutex fbn_numbers_mutex;
+    #define fbn_lock_numbers() PyMutex_Lock(&fbn_numbers_mutex)
+    #define fbn_unlock_numbers() PyMutex_Unlock(&fbn_numbers_mutex)
+    #else
+    #define fbn_lock_numbers() ((void)0)
+    #define fbn_unlock_numbers() ((void)0)
+    #endif
+    """
+    void lock_numbers "fbn_lock_numbers"() noexcept
+    void unlock_numbers "fbn_unlock_numbers"() noexcept
+
 # ---- dtypes, activations, tiers: one table each ----
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -463,24 +479,50 @@ cdef cnp.ndarray param_array(object p, Py_ssize_t channels, str name):
     return a
 
 
-cdef int load(object p, Py_ssize_t channels, str name, double *to) except -1:
-    """The elements of p as float64."""
+cdef cnp.ndarray readable(object p, Py_ssize_t channels, str name):
+    """p as an array for widen()."""
     cdef cnp.ndarray a = param_array(p, channels, name)
+    cdef int code = cnp.PyArray_TYPE(a)
+    if not (code == cnp.NPY_FLOAT32 or code == cnp.NPY_FLOAT64) or not cnp.PyArray_ISBEHAVED_RO(a):
+        return a.astype(np.float64)
+    return a
+
+
+cdef const double *widen(cnp.ndarray a, Py_ssize_t channels, double *to) noexcept:
+    """The elements of a as float64; NULL for None."""
     cdef Py_ssize_t i
     cdef Py_ssize_t stride
     cdef const char *data
-    cdef int code = cnp.PyArray_TYPE(a)
-    if not (code == cnp.NPY_FLOAT32 or code == cnp.NPY_FLOAT64) or not cnp.PyArray_ISBEHAVED_RO(a):
-        a = a.astype(np.float64)
-        code = cnp.NPY_FLOAT64
+    if a is None:
+        return NULL
     data = <const char *>cnp.PyArray_DATA(a)
     stride = cnp.PyArray_STRIDE(a, 0)
-    if code == cnp.NPY_FLOAT32:
+    if cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32:
         for i in range(channels):
             to[i] = (<const float *>(data + i * stride))[0]
     else:
         for i in range(channels):
             to[i] = (<const double *>(data + i * stride))[0]
+    return to
+
+
+cdef int load(object p, Py_ssize_t channels, str name, double *to) except -1:
+    widen(readable(p, channels, name), channels, to)
+    return 0
+
+
+cdef int load_parameters(fbn_affine *affine, _ParamBlock p, object weight, object bias, cnp.ndarray mean=None,
+                         cnp.ndarray var=None) except -1:
+    """All at once: what a layer's other threads write together (commit, update_running) is read together."""
+    cdef cnp.ndarray w = None if weight is None else readable(weight, p.channels, "weight")
+    cdef cnp.ndarray b = None if bias is None else readable(bias, p.channels, "bias")
+    lock_numbers()
+    affine.weight = widen(w, p.channels, p.slot(0))
+    affine.bias = widen(b, p.channels, p.slot(1))
+    if mean is not None:
+        affine.mean = widen(mean, p.channels, p.slot(2))
+        affine.var = widen(var, p.channels, p.slot(3))
+    unlock_numbers()
     return 0
 
 
@@ -505,13 +547,6 @@ cdef _ParamBlock params(Py_ssize_t channels, int slots):
     if p.memory == NULL:
         raise MemoryError(f"no memory for the parameters of {channels} channels")
     return p
-
-
-cdef const double *optional(object p, Py_ssize_t channels, str name, double *to) except? NULL:
-    if p is None:
-        return NULL
-    load(p, channels, name, to)
-    return to
 
 
 cdef int running_check(object r, Py_ssize_t channels, str name) except -1:
@@ -637,8 +672,7 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
     cdef Py_ssize_t i
     memset(&affine, 0, sizeof(affine))
     affine.eps = eps
-    affine.weight = optional(weight, channels, "weight", p.slot(0))
-    affine.bias = optional(bias, channels, "bias", p.slot(1))
+    load_parameters(&affine, p, weight, bias)
     if running_mean is not None:
         running_check(running_mean, channels, "running_mean")
     if running_var is not None:
@@ -676,7 +710,9 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
     saved.count = stats.count
     result = y, saved
     # From here on nothing asks for memory: a caller moves a counter together with the statistics.
+    lock_numbers()
     saved.moved = update_running(running_mean, running_var, factor, &stats, channels, guard)
+    unlock_numbers()
     for i in range(channels):
         stats.m2[i] /= <double>stats.count
     saved.mean, saved.mean_lo, saved.var = mean, mean_lo, m2
@@ -779,10 +815,12 @@ cdef class Prepared:
         p = params(channels, 4)
         memset(&affine, 0, sizeof(affine))
         fill_affine(&affine, p, mean, var, weight, bias, eps)
-        if self.prepared != NULL:  # asked at last, for an argument may have called us
-            raise TypeError("a prepared map is immutable")
-        check(fbn_prepare(<fbn_dtype>code, channels, &affine, &prepared))
-        self.prepared, self.code, self.channels, self.act, self.axis = prepared, code, channels, act, axis
+        with cython.critical_section(self):
+            if self.prepared != NULL:  # asked at last, for an argument may have called us
+                raise TypeError("a prepared map is immutable")
+            check(fbn_prepare(<fbn_dtype>code, channels, &affine, &prepared))
+            self.code, self.channels, self.act, self.axis = code, channels, act, axis
+            self.prepared = prepared
 
     def __dealloc__(self):
         fbn_release(self.prepared)
@@ -826,14 +864,12 @@ cdef class Prepared:
 
 cdef int fill_affine(fbn_affine *affine, _ParamBlock p, object mean, object var, object weight, object bias,
                      object eps, str mean_name="mean", str var_name="var") except -1:
+    cdef cnp.ndarray m
+    cdef cnp.ndarray v
     affine.eps = epsilon(eps)
-    load(mean, p.channels, mean_name, p.slot(0))
-    load(var, p.channels, var_name, p.slot(1))
-    affine.mean = p.slot(0)
-    affine.var = p.slot(1)
-    affine.weight = optional(weight, p.channels, "weight", p.slot(2))
-    affine.bias = optional(bias, p.channels, "bias", p.slot(3))
-    return 0
+    m = readable(mean, p.channels, mean_name)
+    v = readable(var, p.channels, var_name)
+    return load_parameters(affine, p, weight, bias, m, v)
 
 
 cdef tuple run_normalize(object x_given, object mean, object var, object weight, object bias, object eps,
@@ -896,14 +932,16 @@ def forward_eval(x, mean, var, weight, bias, eps, channel_axis, activation, nega
 
 
 def commit(layer, list pairs, tracked):
-    """Copies every (to, from) of equal dtype and size, and sets the layer's counter: for whoever holds the GIL, at once."""
+    """Copies every (to, from) of equal dtype and size, all at once, and sets the counter of a layer whose lock is held."""
     cdef cnp.ndarray to, source
     for to, source in pairs:
         if not (cnp.PyArray_IS_C_CONTIGUOUS(to) and cnp.PyArray_IS_C_CONTIGUOUS(source) and to.dtype == source.dtype
                 and same_shape(to, source)):
             raise ValueError("what is copied must be contiguous, of one dtype and one shape")
+    lock_numbers()
     for to, source in pairs:
         memcpy(cnp.PyArray_DATA(to), cnp.PyArray_DATA(source), <size_t>cnp.PyArray_NBYTES(to))
+    unlock_numbers()
     if tracked is not None:
         layer.num_batches_tracked = tracked
 
@@ -965,8 +1003,7 @@ def backward(grad_output, x, Saved saved not None, weight, bias, out):
     affine.mean = <const double *>cnp.PyArray_DATA(<cnp.ndarray>saved.mean)
     affine.mean_lo = <const double *>cnp.PyArray_DATA(<cnp.ndarray>saved.mean_lo)
     affine.var = <const double *>cnp.PyArray_DATA(<cnp.ndarray>saved.var)
-    affine.weight = optional(weight, channels, "weight", p.slot(0))
-    affine.bias = optional(bias, channels, "bias", p.slot(1))
+    load_parameters(&affine, p, weight, bias)
     sum_dy = p.slot(2)
     sum_dy_xmu = p.slot(3)
     dx = output(out, vx, code, "out")
