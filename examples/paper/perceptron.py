@@ -121,17 +121,21 @@ def perceptron(
     rng: np.random.Generator,
     *,
     norm: bool,
+    biases: bool = False,
     hidden: Sequence[int] = (100, 100, 100),
     outputs: int = 10,
     scale: float = 0.1,
     nonlinearity: str = "sigmoid",
     dropout: float = 0.0,
 ) -> Network:
-    """The network of the paper's section 4.1: each hidden layer is linear, then batch norm if asked, then nonlinear."""
+    """The network of the paper's section 4.1: each hidden layer is linear, then batch norm if asked, then nonlinear.
+
+    A batch norm takes away the bias before it, so there is none, unless `biases` asks for one.
+    """
     layers: list[Any] = []
     sizes = [inputs, *hidden]
     for before, after in pairwise(sizes):
-        layers.append(Linear(before, after, scale, rng, bias=not norm))
+        layers.append(Linear(before, after, scale, rng, bias=biases or not norm))
         if norm:
             layers.append(fastbn.BatchNorm(after))
         layers.append(NONLINEARITIES[nonlinearity]())

@@ -30,6 +30,12 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.nda
     return loss, probabilities
 
 
+def squared_error(outputs: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
+    """Half the mean square of what the outputs are off by, and its gradient."""
+    off = outputs - targets
+    return float(np.mean(off * off) / 2), off / off.size
+
+
 def batches(data: Dataset, size: int, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Training batches without end; every epoch is a new permutation, and drops the rest that fills no batch."""
     size = min(size, len(data.x_train))
@@ -69,6 +75,7 @@ def train(
     l2: float = 0.0,
     decay: float = 1.0,
     decay_every: int = 0,
+    loss: Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray]] = cross_entropy,
     look: Callable[[int], Any] | None = None,
     look_at: list[int] | None = None,
     tick: Callable[[], Any] = lambda: None,
@@ -94,8 +101,8 @@ def train(
             if not alive:
                 continue
             x, labels = next(supply)
-            loss, gradient = cross_entropy(network(x), labels)
-            alive = np.isfinite(loss)
+            value, gradient = loss(network(x), labels)
+            alive = np.isfinite(value)
             network.backward(gradient)
             now = rate * (decay ** (step // decay_every) if decay_every else 1.0)
             for p, g, v in zip(parameters, network.gradients(), velocities, strict=True):
