@@ -311,8 +311,8 @@ def _affine(bn: _Foldable) -> tuple[_Float64, _Float64, _Float64]:
 
 def _floating(name: str, value: ArrayLike, ndim: int) -> _Array:
     try:
-        array = np.asarray(value)
-    except RuntimeError as error:  # a tensor that requires a gradient
+        array = _state.plain(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor that requires a gradient
         raise TypeError(f"{name} must be a floating array, got {type(value).__name__}: {error}") from error
     if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         raise TypeError(f"{name} must be a floating array, got {array.dtype}")

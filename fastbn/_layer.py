@@ -84,9 +84,10 @@ class BatchNorm:
         Of the data: float16, bfloat16, float32 or float64. Parameters and statistics are float64 for float64 data, and
         float32 otherwise.
     on_nonfinite : {"propagate", "skip", "raise"}, default "propagate"
-        What a training batch does whose statistics are not finite in the dtype of the running ones. It poisons them for
-        good; or it leaves them alone and is counted in `num_batches_skipped`; or it is a ValueError, before anything is
-        written (which takes one more reading of the batch).
+        What a training batch does whose mean or unbiased variance is not finite in the dtype of the running ones,
+        whatever these are and whatever `momentum` is. It poisons them for good; or it leaves them alone and is counted
+        in `num_batches_skipped`; or it is a ValueError, before anything is written (which takes one more reading of the
+        batch).
 
     Attributes
     ----------
@@ -95,7 +96,7 @@ class BatchNorm:
     running_mean, running_var : numpy.ndarray, shape (C,), or None
         The same.
     num_batches_tracked : int or None
-        Batches that went into the running statistics.
+        Batches that went into the running statistics: from 0 to 2**62.
     num_batches_skipped : int
         Batches that `on_nonfinite` kept out of them.
     training : bool
@@ -202,7 +203,7 @@ class BatchNorm:
         self.dtype = np.dtype(dtype)
         if self.dtype.name not in _DTYPES:
             raise TypeError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype}")
-        self.on_nonfinite = _choice("on_nonfinite", on_nonfinite, _GUARDS)
+        self.on_nonfinite = on_nonfinite
         self.training = True
         self.num_batches_skipped = 0
         self.grad_weight: _Array | None = None
@@ -224,12 +225,35 @@ class BatchNorm:
         self._bias: Any = arrays.get("bias")
         self._running_mean: Any = arrays.get("running_mean")
         self._running_var: Any = arrays.get("running_var")
-        self.num_batches_tracked: Any = int(arrays["num_batches_tracked"]) if self.track_running_stats else None
+        self._tracked: Any = int(arrays["num_batches_tracked"]) if self.track_running_stats else None
 
     weight = _parameter("weight", "Scale of every channel, shape (C,); None with ``affine=False``.")
     bias = _parameter("bias", "Shift of every channel, shape (C,); None with ``affine=False``.")
     running_mean = _parameter("running_mean", "Running mean, shape (C,); None with ``track_running_stats=False``.")
     running_var = _parameter("running_var", "Running variance, shape (C,); None with ``track_running_stats=False``.")
+
+    @property
+    def num_batches_tracked(self) -> Any:
+        """Batches that went into the running statistics; None with ``track_running_stats=False``."""
+        return self._tracked
+
+    @num_batches_tracked.setter
+    def num_batches_tracked(self, value: int) -> None:
+        if self._tracked is None:
+            raise ValueError("num_batches_tracked cannot be assigned: this layer was made without it")
+        number = _integer("num_batches_tracked", value)
+        if not 0 <= number <= _state.COUNTER_MAX:
+            raise ValueError(f"num_batches_tracked must be from 0 to 2**62, got {number}")
+        self._tracked = number
+
+    @property
+    def on_nonfinite(self) -> str:
+        """What a training batch does whose statistics are not finite: "propagate", "skip" or "raise"."""
+        return self._on_nonfinite
+
+    @on_nonfinite.setter
+    def on_nonfinite(self, value: str) -> None:
+        self._on_nonfinite: str = _choice("on_nonfinite", value, _GUARDS)
 
     def __call__(self, x: Any, residual: Any = None, out: _Array | None = None) -> _Array:
         """Normalize `x`.
@@ -274,12 +298,12 @@ class BatchNorm:
             )  # fmt: skip
         elif self.track_running_stats:
             with self._lock:
-                before = self.num_batches_tracked
+                before = self._tracked
                 count = before + 1
                 momentum = self.momentum
                 if momentum is None:
                     momentum = 1.0 / count
-                if self.on_nonfinite == "raise":
+                if self._on_nonfinite == "raise":
                     self._refuse_nonfinite(x)
                 skipped = self.num_batches_skipped + 1
                 # An interpreter handles a signal after a call of its own. Here it is starmap that calls, so no signal
@@ -288,10 +312,10 @@ class BatchNorm:
                 ((y, saved),) = starmap(_native.forward_train, ((
                     x, self._running_mean, self._running_var, self._weight, self._bias, momentum, self.eps,
                     self.channel_axis, self.activation, self.negative_slope, residual, out,
-                    self.on_nonfinite != "propagate",
+                    self._on_nonfinite != "propagate",
                 ),))  # fmt: skip
                 if saved.moved:  # where a signal handler has trained the layer meanwhile, count both
-                    self.num_batches_tracked = count if self.num_batches_tracked is before else count + 1
+                    self._tracked = count if self._tracked is before else count + 1
                 elif saved.count:
                     self.num_batches_skipped = skipped
         else:
@@ -469,7 +493,7 @@ class BatchNorm:
             return _state.StateDict({prefix + name: array.copy() for name, array in self._arrays().items()}, prefix)
 
     def _arrays(self) -> dict[str, _Array]:
-        tracked = self.num_batches_tracked
+        tracked = self._tracked
         arrays = {
             "weight": self._weight,
             "bias": self._bias,
@@ -530,7 +554,8 @@ class BatchNorm:
         Raises
         ------
         ValueError
-            If a value is not finite.
+            If the layer holds what `load` refuses: a value that is not finite, or a negative variance. Then nothing is
+            written.
 
         Examples
         --------
@@ -538,7 +563,9 @@ class BatchNorm:
         >>> file = io.BytesIO()
         >>> fastbn.BatchNorm(3).save(file)
         """
-        _state.save(file, self.state_dict())
+        state = self.state_dict()
+        _state.check_state(state, self._template(), self._name())
+        _state.save(file, state, max_bytes=self._max_bytes())
 
     def load(self, file: _File, strict: bool = True, *, prefix: str = "") -> _state.IncompatibleKeys:
         """Read the state from an npz file that may come from anybody.
@@ -575,7 +602,11 @@ class BatchNorm:
         def fits(outline: Mapping[str, _Array]) -> None:
             _state.check_state(outline, self._template(), self._name(), prefix=prefix, strict=strict)
 
-        return self.load_state_dict(_state.read(file, check=fits), strict, prefix=prefix)
+        return self.load_state_dict(_state.read(file, self._max_bytes(), fits), strict, prefix=prefix)
+
+    def _max_bytes(self) -> int:
+        """Return how much a file may take: as much as any, and more only where the layer itself is larger."""
+        return max(_state.MAX_BYTES, 4 * sum(array.nbytes for array in self._template().values()))
 
     def _commit(self, arrays: Mapping[str, _Array]) -> None:
         with self._lock:

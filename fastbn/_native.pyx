@@ -218,15 +218,18 @@ cdef cnp.ndarray view_of(object x, str name):
     """x as an ndarray that shares its memory."""
     if PyArray_CheckExact(x):
         return x
-    if isinstance(x, np.ndarray):
+    if cnp.PyArray_Check(x):  # unlike isinstance, which believes an object's __class__
+        if isinstance(x, np.ma.MaskedArray):
+            raise TypeError(f"{name} must not be a masked array, whose mask would be lost; give its .filled(value)")
         return np.asarray(x)
     if hasattr(x, "__dlpack__"):
-        if hasattr(x, "is_neg") and x.is_neg():  # PyTorch exports the memory and forgets the sign
-            raise TypeError(f"{name} is a tensor whose sign is not in its memory; give its resolve_neg()")
         try:
-            return np.from_dlpack(x)
+            negative = hasattr(x, "is_neg") and x.is_neg()  # PyTorch exports the memory and forgets the sign
+            if not negative:
+                return np.from_dlpack(x)
         except Exception as error:
             raise TypeError(f"{name} offers DLPack, but not as a CPU array that NumPy can view: {error}") from error
+        raise TypeError(f"{name} is a tensor whose sign is not in its memory; give its resolve_neg()")
     raise TypeError(f"{name} must be a NumPy array or a CPU tensor with __dlpack__, got {type(x).__name__}")
 
 
@@ -284,7 +287,7 @@ cdef cnp.ndarray output(object out, cnp.ndarray x, int code, str name):
         if PyArray_ISNOTSWAPPED(x):
             return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
         return np.empty_like(x, dtype=x.dtype.newbyteorder("="), subok=False)
-    if not isinstance(out, np.ndarray):
+    if not cnp.PyArray_Check(out):
         raise TypeError(f"{name} must be None or a NumPy array, got {type(out).__name__}")
     y = view_of(out, name)
     check_like(y, x, code, name)
@@ -467,7 +470,7 @@ cdef int finish(_Operands o) except -1:
 
 cdef cnp.ndarray param_array(object p, Py_ssize_t channels, str name):
     cdef cnp.ndarray a
-    if not isinstance(p, np.ndarray) and not hasattr(p, "__dlpack__"):
+    if not cnp.PyArray_Check(p) and not hasattr(p, "__dlpack__"):
         raise TypeError(f"{name} must be a 1-D float array of {channels} elements, got {type(p).__name__}")
     a = view_of(p, name)
     if dtype_code(a) < 0:
@@ -552,7 +555,7 @@ cdef _ParamBlock params(Py_ssize_t channels, int slots):
 cdef int running_check(object r, Py_ssize_t channels, str name) except -1:
     """Running statistics are written in place, so only what can be written without a copy will do."""
     cdef cnp.ndarray a
-    if not isinstance(r, np.ndarray):
+    if not cnp.PyArray_Check(r):
         raise TypeError(f"{name} must be a 1-D float array of {channels} elements, got {type(r).__name__}")
     a = param_array(r, channels, name)
     if dtype_code(a) != FBN_F32 and dtype_code(a) != FBN_F64:
@@ -727,7 +730,7 @@ cdef int lock_saved(Saved s) except -1:
     return 0
 
 
-cdef double running_next(cnp.ndarray a, Py_ssize_t i, double factor, double batch, bint write) noexcept:
+cdef void running_move(cnp.ndarray a, Py_ssize_t i, double factor, double batch) noexcept:
     """(1 - factor) * running + factor * batch in the array's dtype, whatever its alignment and byte order."""
     cdef char *at = <char *>cnp.PyArray_DATA(a) + i * cnp.PyArray_STRIDE(a, 0)
     cdef float narrow
@@ -740,11 +743,9 @@ cdef double running_next(cnp.ndarray a, Py_ssize_t i, double factor, double batc
         reverse(number, size)
     value = (1.0 - factor) * (<double>narrow if is_narrow else value) + factor * batch
     narrow = <float>value
-    if write:
-        if not PyArray_ISNOTSWAPPED(a):
-            reverse(number, size)
-        memcpy(at, number, size)
-    return <double>narrow if is_narrow else value
+    if not PyArray_ISNOTSWAPPED(a):
+        reverse(number, size)
+    memcpy(at, number, size)
 
 
 cdef void reverse(char *bytes, size_t n) noexcept:
@@ -755,17 +756,26 @@ cdef void reverse(char *bytes, size_t n) noexcept:
 
 cdef bint update_running(cnp.ndarray mean, cnp.ndarray var, double factor, const fbn_moments *stats,
                          Py_ssize_t channels, bint guard) noexcept:
-    """Moves both, the variance by the unbiased one; or neither, and returns False, where `guard` finds one not finite."""
+    """Moves both, the variance by the unbiased one; or neither, and returns False, where `guard` finds a statistic of the
+    batch that is not finite in the dtype of the running one.
+    """
     cdef double rest = <double>stats.count - 1.0
     cdef Py_ssize_t i
-    cdef bint write
-    for write in range(not guard, 2):
+    if guard:
         for i in range(channels):
-            if mean is not None and not isfinite(running_next(mean, i, factor, stats.mean[i], write)) and not write:
+            if not (holds(mean, stats.mean[i]) and holds(var, stats.m2[i] / rest)):
                 return False
-            if var is not None and not isfinite(running_next(var, i, factor, stats.m2[i] / rest, write)) and not write:
-                return False
+    for i in range(channels):
+        if mean is not None:
+            running_move(mean, i, factor, stats.mean[i])
+        if var is not None:
+            running_move(var, i, factor, stats.m2[i] / rest)
     return True
+
+
+cdef bint holds(cnp.ndarray a, double value) noexcept:
+    """Whether value is finite in a's dtype."""
+    return a is None or isfinite(<double><float>value if cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32 else value)
 
 
 def forward(x, weight, bias, eps, channel_axis, activation, negative_slope, residual, out):
@@ -943,7 +953,7 @@ def commit(layer, list pairs, tracked):
         memcpy(cnp.PyArray_DATA(to), cnp.PyArray_DATA(source), <size_t>cnp.PyArray_NBYTES(to))
     unlock_numbers()
     if tracked is not None:
-        layer.num_batches_tracked = tracked
+        layer._tracked = tracked
 
 
 # ---- backward ----

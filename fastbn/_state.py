@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import operator
 import os
 import re
 import secrets
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -14,18 +17,32 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-__all__ = ["IncompatibleKeys", "StateDict", "as_parameter", "check_state", "load", "read", "save", "template"]
+__all__ = [
+    "COUNTER_MAX",
+    "MAX_BYTES",
+    "IncompatibleKeys",
+    "StateDict",
+    "as_parameter",
+    "check_state",
+    "load",
+    "plain",
+    "read",
+    "save",
+    "template",
+]
 
 _Array = NDArray[Any]
 _File = str | os.PathLike[str] | IO[bytes]
 
 _COUNTER = "num_batches_tracked"
+# Half of what its int64 holds: nobody can count the rest of the way.
+COUNTER_MAX = 1 << 62
 _FILE_VERSION = 1
 # The comment of an archive: its version and how many arrays it has, so that none can get lost unnoticed.
 _COMMENT = "fastbn state %d of %d arrays"
 # zipfile reads the directory of an archive whole and makes an object of every entry.
 _DIRECTORY_BYTES = 1 << 20
-_MAX_BYTES = 1 << 26
+MAX_BYTES = 1 << 26
 _UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, UnicodeError)
 
 
@@ -46,7 +63,10 @@ class IncompatibleKeys(NamedTuple):
 
 def as_parameter(name: str, value: ArrayLike, dtype: DTypeLike, shape: tuple[int, ...] | None = None) -> _Array:
     """Return a new contiguous array of `dtype` with the values of `value`, one real number per channel."""
-    array = np.asarray(value)
+    try:
+        array = plain(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be an array of real numbers, got {type(value).__name__}: {error}") from error
     if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
         raise TypeError(f"{name} must be an array of real numbers, got {_kind(value, array)}")
     if array.ndim != 1 or (shape is not None and array.shape != shape):
@@ -54,6 +74,13 @@ def as_parameter(name: str, value: ArrayLike, dtype: DTypeLike, shape: tuple[int
         raise ValueError(f"{name} must have {expected}, got shape {array.shape}")
     with np.errstate(over="ignore"):
         return np.array(array, dtype=dtype, order="C")
+
+
+def plain(value: Any) -> _Array:
+    """`numpy.asarray`, but for masked arrays, which it strips of their mask."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError("a masked array would lose its mask; give its .filled(value), or its .data")
+    return np.asarray(value)
 
 
 def template(channels: int, dtype: DTypeLike, affine: bool, track_running_stats: bool) -> dict[str, _Array]:
@@ -108,8 +135,10 @@ def check_state(
     return arrays, IncompatibleKeys(missing, unknown)
 
 
-def save(file: _File, state: Mapping[str, ArrayLike]) -> None:
+def save(file: _File, state: Mapping[str, ArrayLike], *, max_bytes: int = MAX_BYTES) -> None:
     """Write arrays to an npz file, such as the state of a network.
+
+    Nothing is written that `load` would refuse.
 
     Parameters
     ----------
@@ -117,13 +146,16 @@ def save(file: _File, state: Mapping[str, ArrayLike]) -> None:
         A path is written under another name first and renamed, so that it never holds half a file.
     state : mapping of str to array_like
         Finite real numbers: what `load` will accept.
+    max_bytes : int, default 64 MiB
+        As of `load`, which must be told of more, too.
 
     Raises
     ------
     TypeError
-        If a name is not a str or an array does not hold real numbers of a NumPy type.
+        If `state` is not a mapping, a name is not a str, or an array does not hold real numbers of a NumPy type.
     ValueError
-        If a value is not finite.
+        If a value is not finite, a name cannot be one in an archive, the arrays take more than `max_bytes`, or there
+        are so many that their names take more than `load` reads. Then nothing is written.
 
     Notes
     -----
@@ -138,22 +170,37 @@ def save(file: _File, state: Mapping[str, ArrayLike]) -> None:
     >>> sorted(fastbn.load(file))[:2]
     ['bn1.bias', 'bn1.num_batches_tracked']
     """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be a mapping of names to arrays, got {type(state).__name__}")
     arrays = {}
     for name, value in state.items():
         if not isinstance(name, str):
             raise TypeError(f"a name in a state must be a str, got {type(name).__name__}")
-        arrays[name] = np.asarray(value)
+        if zipfile.ZipInfo(name).filename != name:
+            raise ValueError(f"a name in a state must be one that an archive can hold, got {name[:80]!r}")
+        try:
+            arrays[name] = plain(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name} must be an array of real numbers, got {type(value).__name__}: {error}") from error
         if arrays[name].dtype.kind not in "fiu":
             raise TypeError(f"{name} must be an array of real numbers, got {_kind(value, arrays[name])}")
         _check_finite(name, arrays[name])
-    with _written(file) as target, zipfile.ZipFile(target, "w") as archive:
-        archive.comment = (_COMMENT % (_FILE_VERSION, len(arrays))).encode()
-        for name, array in arrays.items():
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
+    # What is read again here, by the reader that strangers' files meet, can be read again anywhere.
+    draft = io.BytesIO()
+    try:
+        with zipfile.ZipFile(draft, "w") as archive:
+            archive.comment = (_COMMENT % (_FILE_VERSION, len(arrays))).encode()
+            for name, array in arrays.items():
+                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+        read(draft, max_bytes)
+    except (ValueError, struct.error) as error:  # struct.error: a name of more than 65535 bytes
+        raise ValueError(f"state must be such that it can be loaded again: {error}") from error
+    with _written(file) as target:
+        target.write(draft.getbuffer())
 
 
-def load(file: _File, *, max_bytes: int = _MAX_BYTES) -> dict[str, _Array]:
+def load(file: _File, *, max_bytes: int = MAX_BYTES) -> dict[str, _Array]:
     """Read the arrays of an npz file that may come from anybody.
 
     Parameters
@@ -191,12 +238,16 @@ def load(file: _File, *, max_bytes: int = _MAX_BYTES) -> dict[str, _Array]:
 
 
 def read(
-    file: _File, max_bytes: int = _MAX_BYTES, check: Callable[[dict[str, _Array]], object] | None = None
+    file: _File, max_bytes: int = MAX_BYTES, check: Callable[[dict[str, _Array]], object] | None = None
 ) -> dict[str, _Array]:
     """`load`, with a `check` that may raise before anything is inflated.
 
     It is called with arrays of zeros that have the names, shapes and dtypes in the file and take no memory.
     """
+    try:
+        max_bytes = operator.index(max_bytes)
+    except TypeError:
+        raise TypeError(f"max_bytes must be an integer, got {type(max_bytes).__name__}") from None
     with _opened(file) as source:
         try:
             with zipfile.ZipFile(_Bounded(source)) as archive:
@@ -287,7 +338,7 @@ def _outline(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> _Ar
 
 def _converted(value: object, like: _Array, finite: bool, positive: bool) -> _Array:
     try:
-        array = np.asarray(value)
+        array = plain(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot be read as an array ({error})") from error
     if array.shape != like.shape:
@@ -301,6 +352,8 @@ def _converted(value: object, like: _Array, finite: bool, positive: bool) -> _Ar
         raise ValueError(f"must be finite in {like.dtype}, got {np.count_nonzero(~good)} values that are not")
     if (counter or positive) and (result < 0).any():
         raise ValueError("must not be negative")
+    if counter and result > COUNTER_MAX:
+        raise ValueError(f"must be at most 2**62, got {result}")
     return result
 
 
@@ -323,13 +376,22 @@ def _listed(names: list[str], limit: int = 8) -> str:
 
 
 def _opened(file: _File) -> contextlib.AbstractContextManager[IO[bytes]]:
-    return open(file, "rb") if isinstance(file, (str, os.PathLike)) else contextlib.nullcontext(file)
+    if isinstance(file, (str, os.PathLike)):
+        return open(file, "rb")
+    return contextlib.nullcontext(_binary(file, "read", "seek", "tell", "seekable"))
+
+
+def _binary(file: Any, *methods: str) -> IO[bytes]:
+    if isinstance(file, io.TextIOBase) or not all(hasattr(file, name) for name in methods):
+        raise TypeError(f"file must be a path or a binary file with {', '.join(methods)}, got {type(file).__name__}")
+    binary: IO[bytes] = file
+    return binary
 
 
 @contextlib.contextmanager
 def _written(file: _File) -> Any:
     if not isinstance(file, (str, os.PathLike)):
-        yield file
+        yield _binary(file, "write")
         return
     part = f"{os.fsdecode(file)}.{secrets.token_hex(8)}.part"
     try:

@@ -277,8 +277,8 @@ BUGS = [
         17,
         "trust in x",
         "fastbn/_layer.py",
-        'self.on_nonfinite != "propagate",\n',
-        'self.on_nonfinite == "skip",\n',
+        'self._on_nonfinite != "propagate",\n',
+        'self._on_nonfinite == "skip",\n',
         "test_memory.py::test_data_that_change_under_a_call",
     ),
     Bug(

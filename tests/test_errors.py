@@ -77,6 +77,25 @@ def good_arguments(function):
     return {parameter: GOOD[parameter]() for parameter in FUNCTIONS[function].split()}
 
 
+class Protocol:
+    """An array to NumPy's functions and none to ours: what it gives may be a copy, and writing there is lost."""
+
+    def __array__(self, dtype=None, copy=None):
+        return tensor()
+
+
+class Interface:
+    def __init__(self):
+        self.array = tensor()
+        self.__array_interface__ = self.array.__array_interface__
+
+
+class Impostor(Protocol):
+    """isinstance() takes it for an array."""
+
+    __class__ = np.ndarray
+
+
 # kind of parameter -> {label: (bad value, what the message must say came)}
 NOT_ARRAYS = {
     "list": (lambda: [[1.0]], r"\blist\b"),
@@ -84,6 +103,10 @@ NOT_ARRAYS = {
     "float": (lambda: 1.5, r"\bfloat\b"),
     "str": (lambda: "array", r"\bstr\b"),
     "object": (object, r"\bobject\b"),
+    "protocol": (Protocol, r"\bProtocol\b"),
+    "interface": (Interface, r"\bInterface\b"),
+    "impostor": (Impostor, r"\bImpostor\b"),
+    "masked": (lambda: np.ma.ones(SHAPE, np.float32), "masked"),
 }
 TENSORS = {
     **NOT_ARRAYS,
@@ -215,7 +238,7 @@ def test_one_wrong_argument(function, parameter, make, came):
     arguments = good_arguments(function)
     call, own = calls(function)
     arguments[parameter] = bad = make()
-    watched = [a for a in (*arguments.values(), *own) if isinstance(a, np.ndarray) and a.dtype != object]
+    watched = [a for a in (*arguments.values(), *own) if issubclass(type(a), np.ndarray) and a.dtype != object]
     before = [a.tobytes() for a in watched]
     with pytest.raises((TypeError, ValueError)) as caught:
         call(**arguments)

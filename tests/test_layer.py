@@ -319,6 +319,24 @@ def test_settings_are_checked(arguments, error, message):
         fastbn.BatchNorm(**{"num_features": 3, **arguments})
 
 
+def test_what_is_assigned_to_the_counter_and_the_guard_is_checked():
+    """Seeded bug: plain attributes, which a call or a save stumbles over."""
+    bn = fastbn.BatchNorm(3)
+    for value, error in ((-1, ValueError), ((1 << 62) + 1, ValueError), (1 << 70, ValueError), (1.0, TypeError),
+                         ("1", TypeError), (None, TypeError), (True, TypeError)):  # fmt: skip
+        with pytest.raises(error, match="num_batches_tracked"):
+            bn.num_batches_tracked = value
+    with pytest.raises(ValueError, match=r"on_nonfinite must be one of .*, got 'ignore'"):
+        bn.on_nonfinite = "ignore"
+    assert (bn.num_batches_tracked, bn.on_nonfinite) == (0, "propagate")
+    bn.num_batches_tracked = np.int32(7)
+    bn.on_nonfinite = "skip"
+    bn(poison("nan")[:, :3])
+    assert (bn.num_batches_tracked, bn.num_batches_skipped) == (7, 1)
+    with pytest.raises(ValueError, match="made without it"):
+        fastbn.BatchNorm(3, track_running_stats=False).num_batches_tracked = 1
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     ("arguments", "error"),
@@ -383,6 +401,27 @@ def test_a_batch_that_is_not_finite_may_be_kept_out(kind):
         bn(x, out=out)
     assert_unchanged(bn, before)
     assert not out.any()
+
+
+@pytest.mark.parametrize("guard", ["skip", "raise"])
+@pytest.mark.parametrize("momentum", [0.0, 0.1])
+def test_guards_look_at_the_batch_alone(guard, momentum):
+    """Statistics that are not finite already keep no batch out; a variance that the next ones could still hold, scaled
+    by the momentum, does. Seeded bug: a look at what the running statistics would become.
+    """
+    bn = fastbn.BatchNorm(1, momentum=momentum, on_nonfinite=guard)
+    bn.running_mean[:] = np.inf
+    bn(data((6, 1)))
+    assert (bn.num_batches_tracked, bn.num_batches_skipped) == (1, 0)
+    bn.running_mean[:] = 0
+    before, large = snapshot(bn), np.array([[-2e19], [2e19]], np.float32)  # of variance 8e38
+    if guard == "raise":
+        with pytest.raises(ValueError, match=re.escape("those of channels [0] are not")):
+            bn(large)
+        assert_unchanged(bn, before)
+    else:
+        bn(large)
+        assert_unchanged(bn, {**before, "skipped": 1})
 
 
 @pytest.mark.parametrize("guard", ["skip", "raise"])

@@ -76,6 +76,8 @@ WRONG = {
     "a counter with a shape": ({"num_batches_tracked": [1]}, ["num_batches_tracked must have shape (), got (1,)"]),
     "a fractional counter": ({"num_batches_tracked": 1.5}, ["tracked must be of integer dtype, got float64"]),
     "a negative counter": ({"num_batches_tracked": -1}, ["num_batches_tracked must not be negative"]),
+    "a masked array": ({"bias": np.ma.ones(3)}, ["bias cannot be read as an array (a masked array"]),
+    "a full counter": ({"num_batches_tracked": (1 << 63) - 1}, ["num_batches_tracked must be at most 2**62, got 9"]),
     "a huge counter": ({"num_batches_tracked": 1 << 70}, ["num_batches_tracked must be of integer dtype, got object"]),
     "an unsigned counter": ({"num_batches_tracked": np.uint64(1 << 63)}, ["num_batches_tracked must not be negative"]),
     "integers": ({"weight": np.ones(3, int)}, ["weight must be of floating dtype, got int64"]),
@@ -221,8 +223,10 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     trained(0).save(path)
     before, bad = path.read_bytes(), trained(1)
     bad.running_mean[1] = np.nan
-    with pytest.raises(ValueError, match="running_mean must be finite, got 1 values that are not"):
+    with pytest.raises(ValueError, match="running_mean must be finite in float32, got 1 values that are not"):
         bad.save(path)
+    with pytest.raises(ValueError, match="a must be finite, got 1 values that are not"):
+        fastbn.save(path, {"a": [1.0, np.nan]})
     for wrong in ({"a": "text"}, {"a": [None]}, {3: 1.0}):
         with pytest.raises(TypeError, match=r"must be an array of real numbers|must be a str"):
             fastbn.save(path, wrong)
@@ -235,6 +239,57 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
         trained(1).save(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["bn.npz"]
+
+
+def test_a_counter_as_large_as_may_be_counts_on_and_is_saved():
+    """Seeded bug: a bound that leaves no room to count."""
+    bn = trained()
+    bn.load_state_dict({**bn.state_dict(), "num_batches_tracked": 1 << 62})
+    bn(np.ones((2, 3), np.float32))
+    assert bn.state_dict()["num_batches_tracked"] == (1 << 62) + 1
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "message"),
+    [
+        ({"a\0b": 1.0}, ValueError, r"an archive can hold, got 'a\x00b'"),
+        ({"\udc80": 1.0}, ValueError, "can't encode"),
+        ({"a" * 70_000: 1.0}, ValueError, "loaded again"),
+        ({f"{i:0200}": 1.0 for i in range(5000)}, ValueError, "directory is too long"),
+        ({"a": np.zeros(5000), "b": np.zeros(5000)}, ValueError, "take 80256 bytes, and at most 80000 are allowed"),
+        ({"a": np.ma.ones(3)}, TypeError, "a must be an array of real numbers, got MaskedArray"),
+        ({"a": [[1.0], [1.0, 2.0]]}, TypeError, "a must be an array of real numbers, got list"),
+        ([("a", 1.0)], TypeError, "state must be a mapping of names to arrays, got list"),
+    ],
+    ids="NUL surrogate long-name many-names many-bytes masked ragged list".split(),
+)
+@pytest.mark.parametrize("to_path", [True, False])
+def test_what_load_would_refuse_is_not_saved(state, error, message, to_path, tmp_path):
+    """Seeded bug: a look at the arrays alone."""
+    file = tmp_path / "state.npz" if to_path else io.BytesIO()
+    with pytest.raises(error, match=re.escape(message)):
+        fastbn.save(file, state, max_bytes=80_000 if len(state) == 2 else 1 << 26)
+    assert not any(tmp_path.iterdir()) if to_path else not file.getvalue()
+
+
+def test_a_layer_saves_what_it_can_load():
+    """Seeded bugs: a negative variance saved; the cap of a stranger's file for a layer that is larger itself."""
+    bn = trained()
+    bn.running_var[1] = -1
+    with pytest.raises(ValueError, match="running_var must not be negative"):
+        bn.save(io.BytesIO())
+    bn, file = fastbn.BatchNorm((1 << 26) // 16 + 1), io.BytesIO()
+    bn.save(file)
+    bn.load(file)
+    with pytest.raises(ValueError, match="at most 67108864 are allowed"):
+        fastbn.load(file)
+
+
+@pytest.mark.parametrize("file", [None, 5, b"a", io.StringIO("PK"), [], object()], ids=repr)
+def test_what_is_no_file_is_a_type_error(file):
+    for call in (fastbn.load, fastbn.BatchNorm(3).load, fastbn.BatchNorm(3).save, lambda f: fastbn.save(f, {"a": 1.0})):
+        with pytest.raises(TypeError, match="file must be a path or a binary file"):
+            call(file)
 
 
 class Payload:
@@ -428,3 +483,5 @@ def test_what_load_itself_refuses():
     assert len(fastbn.load(io.BytesIO(data), max_bytes=20_000)) == 2
     with pytest.raises(ValueError, match=r"take 16\d\d\d bytes, and at most 10000 are allowed"):
         fastbn.load(io.BytesIO(data), max_bytes=10_000)
+    with pytest.raises(TypeError, match="max_bytes must be an integer, got str"):
+        fastbn.load(io.BytesIO(data), max_bytes="10000")
