@@ -244,7 +244,8 @@ class BatchNorm:
         number = _integer("num_batches_tracked", value)
         if not 0 <= number <= _state.COUNTER_MAX:
             raise ValueError(f"num_batches_tracked must be from 0 to 2**62, got {number}")
-        self._tracked = number
+        with self._lock:
+            self._tracked = number
 
     @property
     def on_nonfinite(self) -> str:
