@@ -7,7 +7,6 @@ import shlex
 import pytest
 
 from fastbn._bench import cli, engine
-from fastbn._bench.data import Tensors
 
 
 def pytest_addoption(parser):
@@ -22,28 +21,29 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     options = metafunc.config.bench
-    peers = cli.peers(options)
-    found = [(case, entry) for case in cli.cases(options) for entry in cli.field(case, options, peers)]
-    metafunc.parametrize(("case", "entry"), found, ids=[f"{case}, {entry}" for case, entry in found])
-
-
-_tensors = functools.lru_cache(maxsize=1)(Tensors)
+    contests = cli.contests(options, cli.peers(options))
+    found = [(contest, entry) for contest in contests for entry in contest.entries]
+    metafunc.parametrize(("contest", "entry"), found, ids=[f"{c.case}, {entry}" for c, entry in found])
 
 
 @functools.lru_cache(maxsize=1)
-def _group(case, config):
-    tensors = _tensors(case.shape, case.dtype)
-    field = [entry.make(case, tensors) for entry in cli.field(case, config.bench, cli.peers(config.bench))]
-    return engine.run(case, tensors, field, config.bench.seconds)
+def _data(config):
+    return cli.Data(config.bench.out == "inplace")
+
+
+@functools.lru_cache(maxsize=1)
+def _group(contest, config):
+    _data(config).keep(contest)
+    return engine.run(contest, _data(config), config.bench.seconds)
 
 
 @pytest.fixture
-def tensors(case):
-    """The data of a case."""
-    return _tensors(case.shape, case.dtype)
+def tensors(entry, request):
+    """The data of a contender."""
+    return _data(request.config)(entry.case)
 
 
 @pytest.fixture
-def group(case, request):
-    """All contenders of a case, measured against each other."""
-    return _group(case, request.config)
+def group(contest, request):
+    """All contenders of a contest, measured against each other."""
+    return _group(contest, request.config)

@@ -13,10 +13,11 @@ import fastbn
 
 
 @pytest.mark.benchmark(max_time=0.2)
-def test_speed(benchmark, case, entry, group, tensors):
-    benchmark.group = str(case)
+def test_speed(benchmark, contest, entry, group, tensors):
+    benchmark.group = str(contest.case)
     result = group.of(str(entry))
-    benchmark.extra_info.update(dataclasses.asdict(result), limit=case.limit)
-    with fastbn.num_threads(case.threads):
-        benchmark(entry.make(case, tensors).run)
+    benchmark.extra_info.update(dataclasses.asdict(result), limit=entry.case.limit)
+    with fastbn.num_threads(entry.case.threads):
+        entry.peer.set_threads(entry.case.threads)
+        benchmark(entry.make(tensors).run)
     assert result.correct is not False

@@ -86,9 +86,9 @@ def examine(cell: Cell, torch: Peer | None) -> None:
 
 
 def _run(peer: Peer, case: Case, tensors: Tensors, layout: str) -> dict[str, Array]:
-    entry = Entry(peer, layout, fresh=not peer.can(case, layout, False))
+    entry = Entry(case, peer, layout, fresh=not peer.can(case, layout, False))
     tensors.spoil()
-    contender = entry.make(case, tensors)
+    contender = entry.make(tensors)
     return contender.results(contender.run())
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Shape = tuple[int, ...]
 
@@ -44,18 +47,29 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "tiny": ((1, 64), (60, 100), (1, 64, 7, 7)),
     # A little more than 2 GiB of float32.
     "huge": ((168, 256, 112, 112),),
+    # From 1 KB of float32 to 4 GB, by fours.
+    "sweep": (*((1, 64, 2**i, 2**i) for i in range(1, 5)), *((4**i, 64, 16, 16) for i in range(1, 9))),
+}
+
+# What can be varied within a group, the field of a case that it is, and all of its values; thread count 0 is all.
+AXES: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "fuse": ("fuse", FUSIONS),
+    "dtypes": ("dtype", tuple(ITEMSIZE)),
+    "threads": ("threads", (1, 0)),
+    "reader": ("reader", (False, True)),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One group of a benchmark: everything that the contenders have in common."""
+    """What is measured: with ``reader`` a call and, after it, somebody who copies what it wrote."""
 
     op: str
     shape: Shape
     dtype: str = "float32"
     fuse: str = "none"
     threads: int = 1
+    reader: bool = False
 
     @property
     def relu(self) -> bool:
@@ -85,7 +99,12 @@ class Case:
     def limit(self) -> float:
         """The tensors that must be read or written at least once, over the two of a copy."""
         tensors, more = {"backward": (3, 1), "step": (5, 2)}.get(self.op, (2, 1))
-        return (tensors + more * self.residual) / 2
+        return (tensors + more * self.residual) / 2 + self.reader
+
+    @property
+    def data(self) -> tuple[Shape, str]:
+        """Cases with the same work on the same tensors."""
+        return self.shape, self.dtype
 
     @property
     def section(self) -> tuple[object, ...]:
@@ -95,10 +114,16 @@ class Case:
     @property
     def title(self) -> str:
         fuse = "" if self.fuse == "none" else f", {self.fuse}"
-        return f"{self.op}{fuse}, {self.dtype}, {self.threads} thread{'s' * (self.threads > 1)}"
+        return f"{self.op}{fuse}, {self.dtype}, {_threads(self.threads)}{', and a reader' * self.reader}"
 
     def __str__(self) -> str:
         return f"{format_shape(self.shape)}, {self.title}"
+
+    def mark(self, axis: str) -> str:
+        """What it is on an axis."""
+        if axis == "threads":
+            return _threads(self.threads)
+        return "and a reader" if axis == "reader" else str(getattr(self, AXES[axis][0]))
 
 
 @dataclass(frozen=True)
@@ -110,18 +135,17 @@ class Selection:
     dtypes: tuple[str, ...] = ("float32",)
     fuse: tuple[str, ...] = ("none",)
     threads: tuple[int, ...] = (0,)
+    reader: tuple[bool, ...] = (False,)
 
     def cases(self, all_threads: int) -> Iterator[Case]:
         for name in self.shapes:
             ops = self.ops or (("inference", "functional", "step") if name == "tiny" else OPS[:3])
             for shape in SHAPES.get(name) or (parse_shape(name),):
-                for dtype in self.dtypes:
-                    for op in ops:
-                        for fuse in self.fuse:
-                            for threads in self.threads:
-                                case = Case(op, shape, dtype, fuse, threads or all_threads)
-                                if not case.training or math.prod(shape) > shape[1]:
-                                    yield case
+                choices = itertools.product(self.dtypes, ops, self.fuse, self.threads, self.reader)
+                for dtype, op, fuse, threads, reader in choices:
+                    case = Case(op, shape, dtype, fuse, threads or all_threads, reader)
+                    if not case.training or math.prod(shape) > shape[1]:
+                        yield case
 
 
 SHORT = (Selection(("resnet50", "tiny")),)
@@ -136,8 +160,21 @@ FULL = (
 def union(selections: Sequence[Selection], all_threads: int) -> list[Case]:
     """Every case once, those on the same data next to each other."""
     cases = list(dict.fromkeys(case for s in selections for case in s.cases(all_threads)))
-    data = list(dict.fromkeys((case.shape, case.dtype) for case in cases))
-    return sorted(cases, key=lambda case: data.index((case.shape, case.dtype)))
+    data = list(dict.fromkeys(case.data for case in cases))
+    return sorted(cases, key=lambda case: data.index(case.data))
+
+
+def variants(cases: Sequence[Case], axis: str) -> list[list[Case]]:
+    """Put cases together that differ in nothing but an axis, if it is one."""
+    found: dict[Any, list[Case]] = {}
+    for case in cases:
+        same = tuple((dataclasses.asdict(case) | {AXES[axis][0]: None}).values()) if axis in AXES else case
+        found.setdefault(same, []).append(case)
+    return list(found.values())
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"
 
 
 def format_shape(shape: Shape) -> str:

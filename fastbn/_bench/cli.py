@@ -9,17 +9,18 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import fastbn
 from fastbn._bench import report
-from fastbn._bench.cases import FULL, FUSIONS, ITEMSIZE, OPS, SHAPES, SHORT, Case, parse_shape, union
+from fastbn._bench.cases import AXES, FULL, FUSIONS, ITEMSIZE, OPS, SHAPES, SHORT, Case, parse_shape, union, variants
 from fastbn._bench.data import Tensors, is_known
-from fastbn._bench.engine import Group, run
+from fastbn._bench.engine import Contest, Group, run
 from fastbn._bench.onednn import OneDNN
-from fastbn._bench.peers import Entry, Fastbn, NumPy, OnnxRuntime, Peer, Torch, entries
+from fastbn._bench.peers import Copy, Entry, Fastbn, NumPy, OnnxRuntime, Peer, Torch, entries
 
 PEERS: dict[str, Callable[[], Peer]] = {"torch": Torch, "onednn": OneDNN, "onnxruntime": OnnxRuntime, "numpy": NumPy}
-OUT = {"given": (False,), "fresh": (True,), "both": (False, True)}
+OUT = {"given": (False,), "fresh": (True,), "both": (False, True), "inplace": (False,)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,12 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several("layouts", Fastbn.layouts, "memory layouts")
     several("peers", [*PEERS, "all"], "measure these too")
     parser.add_argument("--threads", nargs="+", type=_threads, metavar="N", help="thread counts, or all")
-    parser.add_argument("--out", choices=OUT, help="write into out=, or into fresh memory where a call can do either")
+    out = "where a call can do either, write into out=, or into fresh memory; or over x, which is NCHW then"
+    parser.add_argument("--out", choices=OUT, help=out)
+    ratio = "measure what differs in this alone against each other, and show ratios: to the first of "
+    ratio += f"{', '.join(AXES)} or out, or to the fastest of the peers"
+    parser.add_argument("--ratio", choices=[*AXES, "out", "peers"], metavar="NAME", help=ratio)
     parser.add_argument("--seconds", type=float, default=0.4, help="for each group (default: %(default)s)")
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:
     """Add where the results go."""
+    parser.add_argument("--unit", choices=report.UNITS, help="of the tables; else whatever suits the size")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw bars against the roof (needs matplotlib)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="renew the table between its marks in this page")
@@ -53,16 +59,18 @@ def cases(args: argparse.Namespace) -> list[Case]:
     """The cases that the options select."""
     names = ("shapes", "ops", "dtypes", "fuse", "threads")
     chosen = {name: tuple(value) for name in names if (value := getattr(args, name))}
+    if args.ratio in AXES:
+        chosen = {args.ratio: AXES[args.ratio][1]} | chosen
     selections = [dataclasses.replace(s, **chosen) for s in (FULL if args.full else SHORT)]
     found = union(selections, fastbn.get_num_threads())
     if not all(is_known(case.dtype) for case in found):
         print("without bfloat16: no module ml_dtypes", file=sys.stderr)
-    return [case for case in found if is_known(case.dtype)]
+    return [case for case in found if is_known(case.dtype) and not (args.out == "inplace" and case.backward)]
 
 
 def peers(args: argparse.Namespace) -> list[Peer]:
     """Make fastbn and the peers that the options select; all are those that are installed."""
-    wanted = args.peers or []
+    wanted = args.peers or ["all"] * (args.ratio == "peers")
     found: list[Peer] = [Fastbn()]
     for name in PEERS if "all" in wanted else wanted:
         try:
@@ -74,10 +82,45 @@ def peers(args: argparse.Namespace) -> list[Peer]:
     return found
 
 
-def field(case: Case, args: argparse.Namespace, found: Sequence[Peer]) -> list[Entry]:
-    """Who takes part in a case."""
-    fresh = OUT[args.out or ("both" if args.full else "given")]
-    return list(entries(case, found, args.layouts or Fastbn.layouts, fresh))
+def contests(args: argparse.Namespace, found: Sequence[Peer]) -> list[Contest]:
+    """Who is measured against whom."""
+    return [_contest(alike, args, found) for alike in variants(cases(args), args.ratio)]
+
+
+def _contest(alike: Sequence[Case], args: argparse.Namespace, found: Sequence[Peer]) -> Contest:
+    axis = args.ratio
+    fresh = OUT[args.out or ("both" if args.full or axis == "out" else "given")]
+    layouts = ("NCHW", "NC") if args.out == "inplace" else args.layouts or Fastbn.layouts
+    taking_part: dict[str, Entry] = {}
+    for i, case in enumerate(alike):
+        for entry in entries(case, found, layouts, fresh):
+            # A copy fuses nothing: one for all will do.
+            if i > 0 and not (isinstance(entry.peer, Copy) and axis == "fuse"):
+                entry = dataclasses.replace(entry, mark=case.mark(axis))
+            taking_part.setdefault(str(entry), entry)
+    over = {}
+    for label, entry in taking_part.items():
+        base = dataclasses.replace(entry, mark="", fresh=entry.fresh and axis != "out")
+        if str(base) != label and str(base) in taking_part:
+            over[label] = str(base)
+    return Contest(tuple(taking_part.values()), over)
+
+
+class Data:
+    """The tensors of a contest; what the next does not need goes before its own come."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        self._inplace, self._made = inplace, dict[Any, Tensors]()
+
+    def keep(self, contest: Contest) -> None:
+        """Forget all but the data of this contest."""
+        needed = {entry.case.data for entry in contest.entries}
+        self._made = {key: tensors for key, tensors in self._made.items() if key in needed}
+
+    def __call__(self, case: Case) -> Tensors:
+        if case.data not in self._made:
+            self._made[case.data] = Tensors(*case.data, inplace=self._inplace)
+        return self._made[case.data]
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -86,44 +129,50 @@ def bench(args: argparse.Namespace) -> int:
         raise SystemExit(f"{args.markdown} has no table of python -m fastbn bench")
     if args.picture and not importlib.util.find_spec("matplotlib"):
         raise SystemExit("--picture needs matplotlib")
-    chosen, found = cases(args), peers(args)
-    if (args.picture or args.markdown) and all(case.small for case in chosen):
+    found = peers(args)
+    chosen = contests(args, found)
+    if (args.picture or args.markdown) and all(contest.case.small for contest in chosen):
         raise SystemExit("--picture and --markdown are about traffic: no chosen shape is large enough")
     info = report.machine(found)
     print(report.describe(info), flush=True)
     groups: list[Group] = []
-    tensors = None
+    data, others = Data(args.out == "inplace"), report.Others()
     try:
-        for case in report.progress(chosen):
-            taking_part = field(case, args, found)
-            if not _fits(case, taking_part):
-                print(f"without {case}: not enough memory", file=sys.stderr)
+        for contest in report.progress(chosen):
+            if not _fits(contest, args.out == "inplace"):
+                print(f"without {contest.case}: not enough memory", file=sys.stderr)
                 continue
-            if tensors is None or tensors.key != (case.shape, case.dtype):
-                tensors = None  # the old data goes before the new comes
-                tensors = Tensors(case.shape, case.dtype)
-            groups.append(run(case, tensors, [entry.make(case, tensors) for entry in taking_part], args.seconds))
+            data.keep(contest)
+            groups.append(run(contest, data, args.seconds))
     except KeyboardInterrupt:
         print("\ninterrupted: this is what was measured", file=sys.stderr)
     if not groups:
         return 1
-    print(f"\n{report.tables(groups)}")
+    info["others"] = others.share()
+    print(f"\n{report.ratios(groups, args.ratio) if args.ratio else report.tables(groups, args.unit)}")
+    print(report.verdict(groups, info["others"]))
     if args.json:
         report.write_json(args.json, groups, info)
     if args.picture:
         report.write_picture(args.picture, groups, info)
     if args.markdown:
         report.write_markdown(args.markdown, groups, info, args.command_line)
-    return int(any(r.correct is False and r.contender.startswith(Fastbn.name) for g in groups for r in g.results))
+    return int(any(r.correct is False and r.peer == Fastbn.name for g in groups for r in g.results))
 
 
-def _fits(case: Case, taking_part: Sequence[Entry]) -> bool:
+def _fits(contest: Contest, inplace: bool) -> bool:
     """Whether memory holds the inputs in every layout, the result and one that is fresh; if it can be asked."""
     if not hasattr(os, "sysconf"):
         return True
-    layouts = len({"NCHW", *(entry.layout for entry in taking_part if entry.layout)})
-    need = case.nbytes * ((1 + case.backward + case.residual) * layouts + 2)
-    return need < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.8
+    need = 0
+    for data in {entry.case.data for entry in contest.entries}:
+        using = [entry for entry in contest.entries if entry.case.data == data]
+        layouts = len({"NCHW", *(entry.layout for entry in using if entry.layout)})
+        inputs = 1 + max(e.case.backward for e in using) + max(e.case.residual for e in using)
+        outputs = 0 if inplace else 1 + max(e.case.reader for e in using)
+        need += using[0].case.nbytes * (inputs * layouts + outputs)
+    fresh = max(e.case.nbytes * (1 + e.case.residual) * e.fresh for e in contest.entries)
+    return need + fresh < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.85
 
 
 def _shape(text: str) -> str:

@@ -19,6 +19,8 @@ EPS = 1e-5
 
 # The reference is worked out on whole channels, evenly spread, of about this many elements.
 CHECKED = 1 << 21
+# What is drawn at random; the rest of a larger tensor repeats its first images.
+DRAWN = 1 << 28
 
 
 def is_known(name: str) -> bool:
@@ -74,11 +76,11 @@ def logical(a: Array, layout: str) -> Array:
 class Tensors:
     """The data of one shape and dtype; a layout's copy is made when it is first asked for.
 
-    ``x`` is about ``offset``, with a deviation of about ``sigma``.
+    ``x`` is about ``offset``, with a deviation of about ``sigma``. With ``inplace`` it is also the output.
     """
 
-    def __init__(self, shape: Shape, dtype: str, offset: float = 0, sigma: float = 1) -> None:
-        self.key, self.shape, self.dtype, self.channels = (shape, dtype), shape, dtype_of(dtype), shape[1]
+    def __init__(self, shape: Shape, dtype: str, offset: float = 0, sigma: float = 1, *, inplace: bool = False) -> None:
+        self.shape, self.dtype, self.channels, self.inplace = shape, dtype_of(dtype), shape[1], inplace
         self._made: dict[tuple[str, str], Array] = {}
         rng = np.random.default_rng(0)
         self._spread = {"x": (sigma, offset)}
@@ -94,7 +96,8 @@ class Tensors:
         layout = "NCHW" if layout == "NC" else layout
         if (name, layout) not in self._made:
             if layout == "NCHW":
-                made = self._random(name)
+                made = aligned(self.shape, self.dtype)
+                self._fill(name, made)
             else:
                 view = to_layout(self.get(name, "NCHW"), layout)
                 made = aligned(view.shape, self.dtype)
@@ -107,26 +110,37 @@ class Tensors:
         return self._out.reshape(to_layout(np.broadcast_to(np.uint8(0), self.shape), layout).shape)
 
     def spoil(self) -> None:
-        """Fill the output with NaN, so that a result nobody wrote is seen."""
-        self._out.view(np.uint8).fill(0xFF)
+        """Fill the output with NaN, so that a result nobody wrote is seen; in place, with the input again."""
+        if self.inplace:
+            self._fill("x", self.get("x", "NCHW"))
+        else:
+            self._out.view(np.uint8).fill(0xFF)
 
     @cached_property
     def _out(self) -> Array:
-        return aligned((math.prod(self.shape),), self.dtype)
+        return self.get("x", "NCHW").reshape(-1) if self.inplace else aligned((math.prod(self.shape),), self.dtype)
 
-    def _random(self, name: str) -> Array:
+    @cached_property
+    def spare(self) -> Array:
+        """Where a reader of the output leaves its copy."""
+        made = aligned(self.shape, self.dtype)
+        made.view(np.uint8).fill(0)
+        return made
+
+    def _fill(self, name: str, made: Array) -> None:
         rng = np.random.default_rng(list(name.encode()))
         column = (1, self.channels) + (1,) * (len(self.shape) - 2)
         sigma, offset = self._spread.get(name, (1, 0))
         scale, shift = sigma * rng.uniform(0.5, 2, column), offset + sigma * rng.uniform(-1, 1, column)
         scale, shift = scale.astype(param_dtype(self.dtype)), shift.astype(param_dtype(self.dtype))
-        made = aligned(self.shape, self.dtype)
-        step = max(1, CHECKED * self.shape[0] // made.size)
-        for n in range(0, self.shape[0], step):
+        step = max(1, CHECKED * len(made) // made.size)
+        for n in range(0, len(made), step):
             part = made[n : n + step]
+            if n * made[0].size >= DRAWN:
+                part[...] = made[: len(part)]
+                continue
             with np.errstate(over="ignore"):
                 part[...] = rng.standard_normal(part.shape, np.float32) * scale + shift
-        return made
 
 
 class Expected(NamedTuple):

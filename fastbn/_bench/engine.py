@@ -2,32 +2,39 @@
 
 Contenders take turns, in a new order each round, so that a disturbance of the machine hits all of them alike. A turn is
 one call that nobody times, which brings caches and threads into the state of repeated calls, and then a timed batch of
-calls. What is reported is medians, and their ratios to the streaming copy of the same bytes.
+calls. What is reported is medians: of times, and of the ratios between what was measured in one round.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 import statistics
 import time
 import timeit
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import fastbn
 from fastbn._bench.cases import Case
 from fastbn._bench.data import Check, Tensors
-from fastbn._bench.peers import Contender
+from fastbn._bench.peers import Contender, Copy, Entry
 
 MIN_ROUNDS = 7
 BATCH_SECONDS = 2e-4
+# A call that takes this long does not care what was in the caches.
+LONG_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Result:
-    """What is known of one contender: seconds a call, multiples of the copy, ulp. The copy itself has no error."""
+    """What is known of one contender: seconds a call, multiples of the copy, ulp. The copy itself has no error.
+
+    ``ratio`` is the time over that of the contender ``over``, where there is one to compare with.
+    """
 
     contender: str
+    peer: str
     median: float
     fastest: float
     slowest: float
@@ -35,11 +42,28 @@ class Result:
     multiple: float
     error: float | None
     correct: bool | None
+    over: str = ""
+    ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Who is measured against each other, the copy first, and over whom each is a ratio; the case is the first's."""
+
+    entries: tuple[Entry, ...]
+    over: dict[str, str] = field(hash=False)
+
+    @property
+    def case(self) -> Case:
+        return self.entries[0].case
+
+    def __str__(self) -> str:
+        return str(self.case)
 
 
 @dataclass(frozen=True)
 class Group:
-    """One case, measured; the copy comes first."""
+    """A contest, measured; the copy comes first."""
 
     case: Case
     results: tuple[Result, ...]
@@ -49,34 +73,88 @@ class Group:
         return next((r for r in self.results if r.contender == label), None)
 
 
-def run(case: Case, tensors: Tensors, field: Sequence[Contender], seconds: float) -> Group:
-    """Check every contender of a case, the copy first, then measure them for about ``seconds``."""
-    with fastbn.num_threads(case.threads):
-        errors, tolerance = check(case, tensors, field)
-        samples = measure([c.run for c in field], seconds)
-    roof = statistics.median(samples[0])
+def run(contest: Contest, tensors: Callable[[Case], Tensors], seconds: float) -> Group:
+    """Check every contender, then measure them for about ``seconds``."""
+    entries = contest.entries
+    peers = list(dict.fromkeys(entry.peer for entry in entries))
+
+    def set_threads(threads: int) -> None:
+        for peer in peers:
+            peer.set_threads(threads)
+
+    before = fastbn.get_num_threads()
+    try:
+        made = []
+        for entry in entries:
+            set_threads(entry.case.threads)
+            made.append(entry.make(tensors(entry.case)))
+        prepare = [functools.partial(set_threads, entry.case.threads) for entry in entries]
+        judged = check(entries, made, tensors, set_threads)
+        samples = measure([c.run for c in made], seconds, prepare)
+    finally:
+        fastbn.set_num_threads(before)
+    at = {contender.label: i for i, contender in enumerate(made)}
+    roofs = {
+        (entry.case.dtype, entry.case.threads): times
+        for entry, times in reversed(list(zip(entries, samples, strict=True)))
+        if isinstance(entry.peer, Copy)
+    }
     results = []
-    for contender, times, error in zip(field, samples, errors, strict=True):
-        median, correct = statistics.median(times), None if error is None else error <= tolerance
-        multiple = median / roof
-        results.append(Result(contender.label, median, min(times), max(times), len(times), multiple, error, correct))
-    return Group(case, tuple(results))
+    for entry, times, (error, correct) in zip(entries, samples, judged, strict=True):
+        roof, over = roofs[entry.case.dtype, entry.case.threads], contest.over.get(str(entry), "")
+        results.append(
+            Result(
+                str(entry),
+                entry.peer.name,
+                statistics.median(times),
+                min(times),
+                max(times),
+                len(times),
+                median_ratio(times, roof),
+                error,
+                correct,
+                over,
+                median_ratio(times, samples[at[over]]) if over else None,
+            )
+        )
+    return Group(contest.case, tuple(results))
 
 
-def check(case: Case, tensors: Tensors, field: Sequence[Contender]) -> tuple[list[float | None], float]:
-    """Each contender's error, and how much is tolerated; the copy is only run."""
-    expected = Check(case, tensors)
-    errors: list[float | None] = []
-    for contender in field:
-        tensors.spoil()
-        errors.append(max(expected.errors(contender.results(contender.run())).values(), default=None))
-    return errors, expected.tolerance
+def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """Of two contenders, round by round: a machine that is slower for a while is so for both."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
-def measure(calls: Sequence[Callable[[], object]], seconds: float) -> list[list[float]]:
-    """Seconds a call, a list of samples for each."""
+def check(
+    entries: Sequence[Entry],
+    made: Sequence[Contender],
+    tensors: Callable[[Case], Tensors],
+    set_threads: Callable[[int], None] = fastbn.set_num_threads,
+) -> list[tuple[float | None, bool | None]]:
+    """Each contender's error, and whether it is tolerated; the copy is only run."""
+    checks: dict[Case, Check] = {}
+    judged: list[tuple[float | None, bool | None]] = []
+    for entry, contender in zip(entries, made, strict=True):
+        tensors(entry.case).spoil()  # first, for the input may be what the last contender wrote
+        if entry.case not in checks:
+            checks[entry.case] = Check(entry.case, tensors(entry.case))
+        expected = checks[entry.case]
+        set_threads(entry.case.threads)
+        error = max(expected.errors(contender.results(contender.run())).values(), default=None)
+        judged.append((error, None if error is None else error <= expected.tolerance))
+    return judged
+
+
+def measure(
+    calls: Sequence[Callable[[], object]], seconds: float, prepare: Sequence[Callable[[], None]] = ()
+) -> list[list[float]]:
+    """Seconds a call, a list of samples for each; what prepares a call is not timed."""
     timers = [timeit.Timer(call) for call in calls]
-    batches = [_batch(timer) for timer in timers]
+    prepare = prepare or [lambda: None] * len(calls)
+    batches = []
+    for timer, ready in zip(timers, prepare, strict=True):
+        ready()
+        batches.append(_batch(timer))
     samples: list[list[float]] = [[] for _ in calls]
     order = list(range(len(calls)))
     shuffle = random.Random(0).shuffle
@@ -84,8 +162,10 @@ def measure(calls: Sequence[Callable[[], object]], seconds: float) -> list[list[
     while len(samples[0]) < MIN_ROUNDS or time.perf_counter() < end:
         shuffle(order)
         for i in order:
+            prepare[i]()
             wait_until_idle()
-            timers[i].timeit(1)
+            if not samples[i] or samples[i][0] < LONG_SECONDS:
+                timers[i].timeit(1)
             samples[i].append(timers[i].timeit(batches[i]) / batches[i])
     return samples
 

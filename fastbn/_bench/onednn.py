@@ -58,7 +58,6 @@ class OneDNN(Peer):
         return self._implementation(case, layout) != ""
 
     def make(self, case: Case, tensors: Tensors, layout: str, fresh: bool) -> tuple[Run, Results]:
-        self._gomp.omp_set_num_threads(case.threads)
         t, x, y = tensors, tensors.get("x", layout), tensors.out(layout)
         arrays = {"x": x, "y": y, "w": t.weight, "b": t.bias}
         if case.op == "inference":
@@ -78,6 +77,9 @@ class OneDNN(Peer):
         return self._bound(
             self._descriptor(case, layout, BACKWARD, forward), case, layout, arrays | kept | found, *found
         )
+
+    def set_threads(self, threads: int) -> None:
+        self._gomp.omp_set_num_threads(threads)
 
     def _call(self, function: str, *arguments: Any) -> None:
         status = getattr(self._dnnl, function)(*arguments)

@@ -43,7 +43,7 @@ def named(layout: str, *names: str, read: Callable[[Any], Array] = np.asarray) -
 
 
 class Peer:
-    """One library: its layouts, what it can, and how to ask for it."""
+    """One library: its layouts, what it can, how to ask for it, and how many threads it uses."""
 
     name: str
     package: str
@@ -57,32 +57,50 @@ class Peer:
         """Bind a call to the data; asked only for what it can."""
         raise NotImplementedError
 
+    def set_threads(self, threads: int) -> None:
+        """Use so many from now on; a peer whose calls carry their number has nothing to set."""
+
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender that has not seen the data yet."""
+    """A contender that has not seen the data yet. ``mark`` tells it from those that are alike otherwise."""
 
+    case: Case
     peer: Peer
     layout: str = ""
     fresh: bool = False
+    mark: str = ""
 
     def __str__(self) -> str:
-        return " ".join(filter(None, (self.peer.name, self.layout, "fresh" * self.fresh)))
+        return " ".join(filter(None, (self.peer.name, self.layout, "fresh" * self.fresh, self.mark)))
 
-    def make(self, case: Case, tensors: Tensors) -> Contender:
-        return Contender(str(self), *self.peer.make(case, tensors, self.layout, self.fresh))
+    def make(self, tensors: Tensors) -> Contender:
+        run, results = self.peer.make(self.case, tensors, self.layout, self.fresh)
+        if not self.case.reader:
+            return Contender(str(self), run, results)
+        read = partial(_native.copy, tensors.out("NCHW"), tensors.spare, self.case.threads)
+
+        def both() -> Any:
+            returned = run()
+            read()
+            return returned
+
+        return Contender(str(self), both, results)
 
 
-def entries(case: Case, peers: Sequence[Peer], layouts: Sequence[str], fresh: Sequence[bool]) -> Iterator[Entry]:
+def entries(
+    case: Case, peers: Sequence[Peer], layouts: Sequence[str], fresh: Sequence[bool], mark: str = ""
+) -> Iterator[Entry]:
     """List who takes part in a case: the copy, then every peer in all that it can."""
-    yield Entry(Copy())
+    yield Entry(case, Copy(), mark=mark)
     for peer in peers:
         for layout in peer.layouts if len(case.shape) > 2 else ("NC",):
             # A layout that a library has to itself cannot be chosen, so it is always in.
             if layout in layouts or layout not in Fastbn.layouts:
-                able = [f for f in (False, True) if peer.can(case, layout, f)]
+                # A reader has to know where the result is.
+                able = [f for f in (False, True) if peer.can(case, layout, f) and not (f and case.reader)]
                 # Better the other way than not at all: not every function has an out=.
-                yield from (Entry(peer, layout, f) for f in [f for f in able if f in fresh] or able)
+                yield from (Entry(case, peer, layout, f, mark) for f in [f for f in able if f in fresh] or able)
 
 
 class Copy(Peer):
@@ -130,6 +148,9 @@ class Fastbn(Peer):
         _, saved = fastbn.batch_norm_forward(x, t.weight, t.bias, **settings, **residual, out=y)
         backward = partial(fastbn.batch_norm_backward, dy, x, saved, t.weight, t.bias, **out)
         return backward, named(layout, *("dx", "dw", "db", "dr")[: 3 + case.residual])
+
+    def set_threads(self, threads: int) -> None:
+        fastbn.set_num_threads(threads)
 
 
 class NumPy(Peer):
@@ -210,7 +231,6 @@ class Torch(Peer):
 
     def make(self, case: Case, tensors: Tensors, layout: str, fresh: bool) -> tuple[Run, Results]:
         torch, t = self._torch, tensors
-        torch.set_num_threads(case.threads)
 
         def data(a: Array) -> Any:
             return self._tensor(logical(a, layout))
@@ -260,6 +280,9 @@ class Torch(Peer):
         out = {} if fresh else {"out": (y, *kept)}
         native = partial(torch.native_batch_norm, x, weight, bias, *constants, 0.1, EPS, **out)
         return lambda: finished(native()[0]), results("y")
+
+    def set_threads(self, threads: int) -> None:
+        self._torch.set_num_threads(threads)
 
 
 class OnnxRuntime(Peer):

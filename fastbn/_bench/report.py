@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -19,10 +20,17 @@ import fastbn
 from fastbn import _native
 from fastbn._bench.cases import Case, format_shape
 from fastbn._bench.engine import Group, Result
-from fastbn._bench.peers import Peer
+from fastbn._bench.peers import Fastbn, Peer
 
 T = TypeVar("T")
 Section = tuple[Case, list[Group]]
+
+UNITS = {
+    "copy": "multiples of the streaming copy",
+    "time": "microseconds",
+    "element": "picoseconds an element",
+}
+RIGHT = "All results are correct."
 
 MARKED = re.compile(r"<!-- table: python -m fastbn bench.*?-->\n.*?<!-- end of table -->", re.DOTALL)
 
@@ -68,6 +76,30 @@ def describe(info: dict[str, Any]) -> str:
     return f"{info['cpu']}, {info['isa']}, {info['threads']} threads; {versions}"
 
 
+class Others:
+    """How busy the machine is with other programs than this, where the system tells."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def share(self) -> float | None:
+        """Their share of all processors since the start, what a hypervisor took included."""
+        now = self._now()
+        if now is None or self._start is None or now[1] == self._start[1]:
+            return None
+        return max(0.0, (now[0] - self._start[0]) / (now[1] - self._start[1]))
+
+    def _now(self) -> tuple[float, float] | None:
+        """Seconds of others, and of all processors, idle or not."""
+        try:
+            words = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        except OSError:
+            return None
+        user, nice, system, idle, wait, *rest = (int(word) / os.sysconf("SC_CLK_TCK") for word in words)
+        busy = user + nice + system + sum(rest)
+        return busy - sum(os.times()[:4]), busy + idle + wait
+
+
 def _sections(groups: Sequence[Group]) -> list[Section]:
     found: dict[Any, list[Group]] = {}
     for group in groups:
@@ -86,36 +118,93 @@ def plain(label: str) -> str:
     return label.removesuffix(" fresh")
 
 
-def _mean(results: Sequence[Result | None]) -> str:
+def _mean(values: Sequence[float | None]) -> str:
     """A mean over some of the shapes could not be compared with one over all of them."""
-    multiples = [r.multiple for r in results if r]
-    return f"{geometric_mean(multiples):.2f}" if len(multiples) == len(results) else ""
+    known = [v for v in values if v is not None]
+    return f"{geometric_mean(known):.2f}" if len(known) == len(values) else ""
 
 
-def tables(groups: Sequence[Group]) -> str:
-    """All sections: multiples of the copy, microseconds where calls are small."""
+def _multiples(results: Sequence[Result | None]) -> list[float | None]:
+    return [r.multiple if r else None for r in results]
+
+
+def tables(groups: Sequence[Group], unit: str | None = None) -> str:
+    """All sections in a unit, else multiples of the copy, microseconds where calls are small; then the means."""
     parts = []
     for case, members in _sections(groups):
         columns = _columns(members)
-        rows = [["", f"copy/{'us' if case.small else 'ms'}", *columns]]
+        chosen = unit or ("time" if case.small else "copy")
+        scale, title = (1e6, "us") if case.small else (1e3, "ms")
+        rows = [["", f"copy/{title}", *columns]]
         for i, group in enumerate(members):
-            copy = group.results[0].median * (1e6 if case.small else 1e3)
-            cells = [_cell(case, column[i]) for column in columns.values()]
-            rows.append([format_shape(group.case.shape), f"{copy:.3g}", *cells])
-        if len(members) > 1 and not case.small:
-            rows.append(["geometric mean", "", *map(_mean, columns.values())])
-        unit = "microseconds" if case.small else f"multiples of the streaming copy, limit {case.limit:g}"
-        parts.append("\n".join([f"{case.title}: {unit}", *aligned(rows)]))
-    wrong = sum(r.correct is False for g in groups for r in g.results)
-    verdict = f"! beside a time: so far from float64 that rounding is no excuse ({wrong})"
-    parts.append(verdict if wrong else "All results are correct.")
+            cells = [_cell(group.case, column[i], chosen) for column in columns.values()]
+            rows.append([format_shape(group.case.shape), f"{group.results[0].median * scale:.3g}", *cells])
+        if len(members) > 1 and chosen == "copy":
+            rows.append(["geometric mean", "", *(_mean(_multiples(c)) for c in columns.values())])
+        said = UNITS[chosen] + f", limit {case.limit:g}" * (chosen == "copy")
+        parts.append("\n".join([f"{case.title}: {said}", *aligned(rows)]))
+    if len(_sections(groups)) > 1 and (rows := means(groups)):
+        parts.append("\n".join(["geometric means of the multiples", *aligned(rows)]))
     return "\n\n".join(parts)
 
 
-def _cell(case: Case, result: Result | None) -> str:
+def _cell(case: Case, result: Result | None, unit: str) -> str:
     if result is None:
         return "-"
-    return f"{result.median * 1e6 if case.small else result.multiple:.2f}" + "!" * (result.correct is False)
+    value = {
+        "copy": result.multiple,
+        "time": result.median * 1e6,
+        "element": result.median * 1e12 / math.prod(case.shape),
+    }[unit]
+    return (f"{value:.2f}" if value < 1000 else f"{value:.0f}") + "!" * (result.correct is False)
+
+
+def ratios(groups: Sequence[Group], axis: str) -> str:
+    """All sections: times over those of the contender that is the same but for the axis, or over the fastest peer."""
+    parts = []
+    for case, members in _sections(groups):
+        found = [_ratios(group, axis) for group in members]
+        labels = dict.fromkeys(label for of_group in found for label in of_group)
+        if not labels:
+            continue
+        columns = [[of_group.get(label) for of_group in found] for label in labels]
+        values = [[pair[0] if pair else None for pair in column] for column in columns]
+        worst = [max((v, i) for i, v in enumerate(column) if v is not None) for column in values]
+        rows = [["", *labels]]
+        for i, group in enumerate(members):
+            rows.append([format_shape(group.case.shape), *("-" if v[i] is None else f"{v[i]:.2f}" for v in values)])
+        rows += [
+            ["geometric mean", *map(_mean, values)],
+            ["largest", *(f"{value:.2f}" for value, _ in worst)],
+            ["which is of", *(format_shape(members[i].case.shape) for _, i in worst)],
+        ]
+        if axis == "peers":
+            over = "the fastest peer"
+            names = [next((name for _, name in of_group.values()), "-") for of_group in found]
+            rows = [[*row, name] for row, name in zip(rows, ["which is", *names, "", "", ""], strict=True)]
+        else:
+            over = {"out": "a given out=", "reader": "no reader"}.get(axis) or case.mark(axis)
+        parts.append("\n".join([f"{case.title}: times over those of {over}", *aligned(rows)]))
+    return "\n\n".join(parts) or f"There is nothing to compare: --ratio {axis} found one of everything."
+
+
+def _ratios(group: Group, axis: str) -> dict[str, tuple[float, str]]:
+    """The ratio of each contender, and over whom."""
+    if axis != "peers":
+        return {r.contender: (r.ratio, r.over) for r in group.results if r.ratio is not None}
+    ours = [r for r in group.results[1:] if r.peer == Fastbn.name]
+    peers = [r for r in group.results[1:] if r.peer != Fastbn.name]
+    best = min(peers, key=lambda r: r.multiple, default=None)
+    return {r.contender: (r.multiple / best.multiple, best.contender) for r in ours} if best else {}
+
+
+def verdict(groups: Sequence[Group], others: float | None) -> str:
+    """What to think of the figures."""
+    wrong = sum(r.correct is False for g in groups for r in g.results)
+    lines = [f"! beside a time: so far from float64 that rounding is no excuse ({wrong})" if wrong else RIGHT]
+    if others is not None and others > 0.05:
+        lines.append(f"Others had {others:.0%} of the processors meanwhile: measure again when they are gone.")
+    return "\n".join(["", *lines])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -126,26 +215,31 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def markdown(groups: Sequence[Group], info: dict[str, Any]) -> str:
-    """Make one table of geometric means: a row for each contender, a column for each section about memory traffic."""
+def means(groups: Sequence[Group]) -> list[list[str]]:
+    """Geometric means: a row for each contender, a column for each section about memory traffic."""
     sections = [(case, members) for case, members in _sections(groups) if not case.small]
     columns = [
         # A contender that has both forms is shown with out=.
-        {plain(label): _mean(results) for label, results in reversed(_columns(members).items())}
+        {plain(label): _mean(_multiples(results)) for label, results in reversed(_columns(members).items())}
         for _, members in sections
     ]
     errors: dict[str, float] = {}
     for result in (r for _, members in sections for g in members for r in g.results[1:]):
         label = plain(result.contender)
         errors[label] = max(errors.get(label, 0), result.error or 0)
-    titles = [case.title.replace(", float32", "") for case, _ in sections]
     rows = [
-        ["", *titles, "error, ulp"],
-        ["---", *["--:"] * (len(sections) + 1)],
+        ["", *(case.title.replace(", float32", "") for case, _ in sections), "error, ulp"],
         ["limit", *(f"{case.limit:.2f}" for case, _ in sections), ""],
     ]
     rows += [[label, *(c.get(label, "") for c in columns), f"{error:.3g}"] for label, error in errors.items()]
-    shapes = len({g.case.shape for _, members in sections for g in members})
+    return rows if sections else []
+
+
+def markdown(groups: Sequence[Group], info: dict[str, Any]) -> str:
+    """Make the means a page's table."""
+    title, *rows = means(groups)
+    rows = [title, ["---", *["--:"] * (len(title) - 1)], *rows]
+    shapes = len({g.case.shape for g in groups if not g.case.small})
     note = f"Geometric means over {shapes} shapes, and the largest error against float64. {describe(info)}."
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{note}"
 
