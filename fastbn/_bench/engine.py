@@ -1,7 +1,7 @@
 """engine -- measure contenders against each other in one process.
 
 Contenders take turns, in a new order each round, so that a disturbance of the machine hits all of them alike. A turn is
-one call that nobody times, which brings caches and threads into the state of repeated calls, and then a timed batch of
+some calls that nobody times, which bring caches and threads into the state of repeated calls, and then a timed batch of
 calls. What is reported is medians: of times, and of the ratios between what was measured in one round.
 """
 
@@ -22,7 +22,9 @@ from fastbn._bench.peers import Contender, Copy, Entry
 
 MIN_ROUNDS = 7
 BATCH_SECONDS = 2e-4
-# A call that takes this long does not care what was in the caches.
+# A thread that sleeps on a virtual machine takes some 0.1 ms to come, and then a while to meet its caches again.
+WARM_SECONDS = 1.5e-3
+# A call that takes this long does not care what was before.
 LONG_SECONDS = 0.1
 
 
@@ -151,10 +153,11 @@ def measure(
     """Seconds a call, a list of samples for each; what prepares a call is not timed."""
     timers = [timeit.Timer(call) for call in calls]
     prepare = prepare or [lambda: None] * len(calls)
-    batches = []
+    warm, batches = [], []
     for timer, ready in zip(timers, prepare, strict=True):
         ready()
-        batches.append(_batch(timer))
+        warm.append(_calls(timer, WARM_SECONDS))
+        batches.append(_calls(timer, BATCH_SECONDS))
     samples: list[list[float]] = [[] for _ in calls]
     order = list(range(len(calls)))
     shuffle = random.Random(0).shuffle
@@ -165,7 +168,7 @@ def measure(
             prepare[i]()
             wait_until_idle()
             if not samples[i] or samples[i][0] < LONG_SECONDS:
-                timers[i].timeit(1)
+                timers[i].timeit(warm[i])
             samples[i].append(timers[i].timeit(batches[i]) / batches[i])
     return samples
 
@@ -179,10 +182,10 @@ def wait_until_idle() -> None:
             return
 
 
-def _batch(timer: timeit.Timer) -> int:
-    """Calls that together are long enough for the clock."""
+def _calls(timer: timeit.Timer, seconds: float) -> int:
+    """How many calls together take so long, or up to twice that."""
     timer.timeit(1)
     calls = 1
-    while timer.timeit(calls) < BATCH_SECONDS:
+    while timer.timeit(calls) < seconds:
         calls *= 2
     return calls
