@@ -16,6 +16,7 @@ from fastbn._functional import (
     normalize,
 )
 from fastbn._layer import BatchNorm
+from fastbn._memory import get_recycle_limit, release_memory, set_recycle_limit
 from fastbn._moments import Moments
 from fastbn._state import load, save
 from fastbn._threads import get_num_threads, num_threads, set_num_threads
@@ -36,11 +37,14 @@ __all__ = [
     "fold_linear",
     "fold_report",
     "get_num_threads",
+    "get_recycle_limit",
     "load",
     "moments",
     "normalize",
     "num_threads",
+    "release_memory",
     "save",
     "set_num_threads",
+    "set_recycle_limit",
     "show_config",
 ]

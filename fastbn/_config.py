@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from fastbn import _native, _threads
+from fastbn import _memory, _native, _threads
 from fastbn._version import __version__
 
 __all__ = ["show_config"]
@@ -32,7 +32,8 @@ def show_config(mode: str = "stdout") -> dict[str, dict[str, Any]] | None:
         ``version``: of fastbn, Python and NumPy. ``isa``: the instruction set chosen, those that this machine can run
         (best first), those compiled in, and what ``FASTBN_ISA`` says. ``threads``: their number, where it comes from,
         what runs them ("pthreads", "openmp" or "serial"), and whether limits and parallel regions of OpenMP are seen.
-        ``caches``: their bytes, as the plan takes them.
+        ``caches``: their bytes, as the plan takes them. ``recycling``: how many bytes of idle memory are kept for
+        results at most, where that limit comes from, and how many there are.
 
     Raises
     ------
@@ -65,6 +66,11 @@ def show_config(mode: str = "stdout") -> dict[str, dict[str, Any]] | None:
             "sees_openmp": _native.parallel_sees_openmp(),
         },
         "caches": dict(_native.machine()),
+        "recycling": {
+            "limit": _memory.get_recycle_limit(),
+            "why": _memory.why(),
+            "idle": _native.recycled()["idle"],
+        },
     }
     if mode == "dicts":
         return config

@@ -7,8 +7,9 @@ import os
 cimport cython
 cimport numpy as cnp
 from cpython.object cimport PyObject
+from cpython.pycapsule cimport PyCapsule_New
 from libc.math cimport isfinite, isnan, sqrt
-from libc.stdint cimport int64_t, intptr_t, uint8_t, uintptr_t
+from libc.stdint cimport SIZE_MAX, int64_t, intptr_t, uint8_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
@@ -121,7 +122,35 @@ cdef extern from "parallel.h" nogil:
     int fbn_get_num_threads()
     fbn_parallel_counters fbn_parallel_count()
 
+cdef extern from "recycle.h" nogil:
+    enum:
+        FBN_RECYCLED
+    ctypedef struct fbn_recycle_state:
+        int64_t limit, idle
+        int blocks
+        long long made, reused, released
+    void *fbn_recycle_malloc(size_t bytes)
+    void *fbn_recycle_realloc(void *p, size_t bytes)
+    void fbn_recycle_free(void *p)
+    bint fbn_recycle_set(int64_t limit, int64_t seconds)
+    int64_t fbn_recycle_clear()
+    fbn_recycle_state fbn_recycle_look()
+    void fbn_recycle_init()
+
 cdef extern from "numpy/arrayobject.h":
+    ctypedef struct PyDataMemAllocator:
+        void *ctx
+        void *malloc(void *, size_t) noexcept
+        void *calloc(void *, size_t, size_t) noexcept
+        void *realloc(void *, void *, size_t) noexcept
+        void free(void *, void *, size_t) noexcept
+    ctypedef struct PyDataMem_Handler:
+        char name[127]
+        uint8_t version
+        PyDataMemAllocator allocator
+    PyObject *PyDataMem_DefaultHandler
+    object PyDataMem_SetHandler(object)
+    object PyDataMem_GetHandler()
     bint PyArray_CheckExact(object)
     bint PyArray_ISWRITEABLE(cnp.ndarray)
     bint PyArray_ISNOTSWAPPED(cnp.ndarray)
@@ -277,6 +306,72 @@ cdef int check_like(cnp.ndarray a, cnp.ndarray x, int code, str name) except -1:
     return 0
 
 
+# ---- memory of results ----
+
+# Large results come from a store of memory that was a result before. NumPy is told by a memory handler, which it notes
+# in the array: so an array owns such memory as it owns any other, and may outlive every setting.
+cdef void *recycle_malloc(void *_, size_t size) noexcept:
+    return fbn_recycle_malloc(size)
+
+
+cdef void *recycle_calloc(void *_, size_t count, size_t size) noexcept:
+    cdef void *p = NULL if size > 0 and count > SIZE_MAX // size else fbn_recycle_malloc(count * size)
+    if p != NULL:
+        memset(p, 0, count * size)
+    return p
+
+
+cdef void *recycle_realloc(void *_, void *p, size_t size) noexcept:
+    return fbn_recycle_realloc(p, size)
+
+
+cdef void recycle_free(void *_, void *p, size_t size) noexcept:
+    fbn_recycle_free(p)
+
+
+cdef PyDataMem_Handler recycle_handler
+memcpy(recycle_handler.name, b"fastbn", 7)
+recycle_handler.version = 1
+recycle_handler.allocator.malloc = recycle_malloc
+recycle_handler.allocator.calloc = recycle_calloc
+recycle_handler.allocator.realloc = recycle_realloc
+recycle_handler.allocator.free = recycle_free
+
+cdef object _recycle = PyCapsule_New(&recycle_handler, "mem_handler", NULL)
+cdef bint recycling = False  # whether the store keeps anything
+
+
+cdef cnp.ndarray fresh(cnp.ndarray x):
+    """A new array of x's shape, dtype and memory order. Whoever has set a memory handler of his own gets it."""
+    if not recycling or cnp.PyArray_NBYTES(x) < FBN_RECYCLED:
+        return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+    before = PyDataMem_GetHandler()
+    if <PyObject *>before != PyDataMem_DefaultHandler:
+        return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+    PyDataMem_SetHandler(_recycle)
+    try:
+        return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+    finally:
+        PyDataMem_SetHandler(before)
+
+
+def set_recycling(limit, seconds):
+    global recycling
+    if not fbn_recycle_set(limit, seconds):
+        raise RuntimeError("the store of idle memory is held by a thread that a fork left behind")
+    recycling = <int64_t>limit > 0
+
+
+def clear_recycled():
+    return fbn_recycle_clear()
+
+
+def recycled():
+    cdef fbn_recycle_state s = fbn_recycle_look()
+    return {"limit": s.limit, "idle": s.idle, "blocks": s.blocks, "made": s.made, "reused": s.reused,
+            "released": s.released}
+
+
 cdef cnp.ndarray output(object out, cnp.ndarray x, int code, str name):
     cdef int i
     cdef cnp.ndarray y
@@ -285,7 +380,7 @@ cdef cnp.ndarray output(object out, cnp.ndarray x, int code, str name):
             if cnp.PyArray_STRIDE(x, i) == 0 and cnp.PyArray_DIM(x, i) > 1:
                 return blank(x)
         if PyArray_ISNOTSWAPPED(x):
-            return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+            return fresh(x)
         return np.empty_like(x, dtype=x.dtype.newbyteorder("="), subok=False)
     if not cnp.PyArray_Check(out):
         raise TypeError(f"{name} must be None or a NumPy array, got {type(out).__name__}")
@@ -1254,6 +1349,7 @@ cdef int _init() except -1:
     cap = os.environ.get("FASTBN_ISA") or None
     fbn_machine_init()
     fbn_parallel_init()
+    fbn_recycle_init()
     fbn_dispatch(NULL)
     if cap is not None:
         cap_isa(cap)

@@ -55,7 +55,7 @@ def choose(
 
     cpus = _affinity() if cpus is None else cpus
     cores = len({_core(root, cpu) for cpu in cpus})
-    quota = min(map(_quota, _cgroups(root)), default=math.inf)
+    quota = min(map(_quota, cgroups(root, "cpu")), default=math.inf)
     said = "no CPU quota" if quota == math.inf else f"a CPU quota of {quota:.4g}"
     number = int(max(1, min(len(cpus), cores, quota, MAX_THREADS)))
     return Choice(number, f"{len(cpus)} CPUs allowed, {cores} physical cores, {said}{note}")
@@ -72,7 +72,8 @@ def _affinity() -> Collection[int]:
     return range(os.cpu_count() or 1)
 
 
-def _read(path: Path) -> str:
+def read(path: Path) -> str:
+    """Read a small file of the system's; nothing where there is none."""
     try:
         return path.read_text(errors="replace").strip()
     except (OSError, ValueError):  # ValueError: a path with a null byte, out of a file that makes no sense
@@ -82,25 +83,25 @@ def _read(path: Path) -> str:
 def _core(root: Path, cpu: int) -> str:
     """Name the core of a CPU by the CPUs that share it; by the CPU alone where that is not told."""
     topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
-    return _read(topology / "core_cpus_list") or _read(topology / "thread_siblings_list") or str(cpu)
+    return read(topology / "core_cpus_list") or read(topology / "thread_siblings_list") or str(cpu)
 
 
-def _cgroups(root: Path) -> Iterator[Path]:
-    """List the folders of this process's cgroup and of all above it, in every hierarchy that can limit CPU time."""
+def cgroups(root: Path, resource: str) -> Iterator[Path]:
+    """List the folders of this process's cgroup and of all above it, in every hierarchy that can limit a resource."""
     groups: dict[str, str] = {}
-    for line in _read(root / "proc/self/cgroup").splitlines():
+    for line in read(root / "proc/self/cgroup").splitlines():
         number, *rest = line.split(":", 2)
         if number.isdigit() and len(rest) == 2:
             groups |= dict.fromkeys(rest[0].split(","), rest[1])
-    for line in _read(root / "proc/self/mountinfo").splitlines():
+    for line in read(root / "proc/self/mountinfo").splitlines():
         mount, _, filesystem = line.partition(" - ")
         try:
             top, point = mount.split()[3:5]
             kind, _, options = filesystem.split()[:3]
         except ValueError:
             continue
-        controller = {"cgroup2": "", "cgroup": "cpu"}.get(kind)
-        if controller not in groups or (controller == "cpu" and "cpu" not in options.split(",")):
+        controller = {"cgroup2": "", "cgroup": resource}.get(kind)
+        if controller not in groups or (controller == resource and resource not in options.split(",")):
             continue
         # A mount may show only a part of the hierarchy, as it does in containers. Where our own group is not in that
         # part, its top is all that can be seen.
@@ -116,8 +117,8 @@ def _cgroups(root: Path) -> Iterator[Path]:
 
 def _quota(folder: Path) -> float:
     """Read the CPUs' worth of time that a cgroup may use; infinity where nothing, or nothing sensible, is said."""
-    words = _read(folder / "cpu.max") or " ".join(
-        _read(folder / name) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    words = read(folder / "cpu.max") or " ".join(
+        read(folder / name) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
     )
     try:
         quota, period = map(_positive, words.split())

@@ -173,7 +173,7 @@ def test_only_the_binding_is_cython():
 
 
 # Python. What is not named is on the top floor: it may use all others, and none of them may use it.
-PYTHON_FLOORS = {"_version": 0, "_native": 5, "_state": 6, "_moments": 6, "_functional": 6, "_threads": 6}
+PYTHON_FLOORS = {"_version": 0, "_native": 5, "_state": 6, "_moments": 6, "_functional": 6, "_threads": 6, "_memory": 6}
 TOP = {"__init__": 9, "__main__": 9, "_selftest": 9}  # the public names, and what uses them
 
 

@@ -8,6 +8,7 @@
 #include "fastbn.h"
 #include "parallel.h"
 #include "plan.h"
+#include "recycle.h"
 
 #include <pthread.h>
 #include <stdio.h>
@@ -179,10 +180,42 @@ typedef struct {
     long runs;
 } caller;
 
+enum { RECYCLE_LIMIT = 2 << 20 };
+
+/* Memory of one of a few sizes, marked at both ends, which must be as it was when it is left. */
+static void *mark(caller *c, uint64_t stamp, size_t *bytes)
+{
+    *bytes = (size_t)FBN_RECYCLED * (size_t)rng_between(&c->r, 1, 3);
+    char *p = fbn_recycle_malloc(*bytes);
+    if (p != NULL) {
+        memcpy(p, &stamp, sizeof stamp);
+        memcpy(p + *bytes - sizeof stamp, &stamp, sizeof stamp);
+    }
+    return p;
+}
+
+static bool unmark(caller *c, char *p, uint64_t stamp, size_t bytes)
+{
+    bool same = p != NULL && (uintptr_t)p % 64 == 0 && memcmp(p, &stamp, sizeof stamp) == 0 &&
+                memcmp(p + bytes - sizeof stamp, &stamp, sizeof stamp) == 0;
+    if (rng_one_in(&c->r, 8)) {
+        p = fbn_recycle_realloc(p, (size_t)rng_between(&c->r, 8, 4 * FBN_RECYCLED));
+        same = same && p != NULL && memcmp(p, &stamp, sizeof stamp) == 0;
+    }
+    fbn_recycle_free(p);
+    if (rng_one_in(&c->r, 500)) {
+        fbn_recycle_clear();
+    }
+    return same && fbn_recycle_look().idle <= RECYCLE_LIMIT;
+}
+
 static void *call_many(void *argument)
 {
     caller *c = argument;
     for (long i = 0; i < c->runs; i++) {
+        size_t bytes;
+        uint64_t stamp = rng_next(&c->r);
+        void *marked = mark(c, stamp, &bytes);
         int index = (int)rng_below(&c->r, PROBLEMS);
         const problem *p = &problems[index];
         entry e = (entry)rng_below(&c->r, ENTRIES);
@@ -191,7 +224,9 @@ static void *call_many(void *argument)
         fbn_status status = run(p, e, threads, &r);
         bool same = results_equal(&r, &p->expected[e]);
         results_free(&r);
+        bool kept = unmark(c, marked, stamp, bytes);
         pthread_mutex_lock(&counting);
+        check(kept, "recycled memory changed under its owner, or too much of it lies idle");
         check(status == FBN_OK && same, "entry %d on problem %d with %d threads: status %d, %s bytes", (int)e, index,
               threads, (int)status, same ? "equal" : "other");
         pthread_mutex_unlock(&counting);
@@ -210,6 +245,8 @@ int main(int argc, char **argv)
     const char *tier = argc > 3 ? argv[3] : "scalar";
     check(fbn_dispatch(tier), "tier %s", tier);
     fbn_parallel_init();
+    fbn_recycle_init();
+    check(fbn_recycle_set(RECYCLE_LIMIT, 1) && !fbn_recycle_set(-1, 1), "recycle_set");
     for (int i = 0; i < PROBLEMS; i++) {
         draw_problem(&problems[i], i, &r);
     }
@@ -226,5 +263,9 @@ int main(int argc, char **argv)
     fbn_parallel_counters n = fbn_parallel_count();
     printf("%lld calls ran on a team, %lld found it taken\n", n.parallel, n.contended);
     check(n.parallel > 0 && n.contended > 0, "no team, or no contention for it");
+    fbn_recycle_state memory = fbn_recycle_look();
+    printf("%lld blocks made, %lld served again\n", memory.made, memory.reused);
+    check(memory.reused > memory.made, "memory was not recycled");
+    check(fbn_recycle_clear() == memory.idle && fbn_recycle_look().blocks == 0, "idle memory was not given back");
     return check_report();
 }
