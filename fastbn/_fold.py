@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastbn import _state
+from fastbn import _native, _state
 
 __all__ = ["FoldReport", "Norm", "fold_conv", "fold_linear", "fold_report"]
 
@@ -17,7 +18,7 @@ _Float64 = NDArray[np.float64]
 
 
 class Norm(Protocol):
-    """What can be folded: a `fastbn.BatchNorm`, a `fastbn.FrozenBatchNorm`, or anything with these attributes."""
+    """What can be folded: a `fastbn.BatchNorm`, a `fastbn.FrozenBatchNorm`, PyTorch's, or what looks like one."""
 
     running_mean: Any
     running_var: Any
@@ -42,11 +43,11 @@ def fold_conv(
     bias : array_like, shape (O,), or None
         None is zeros.
     bn : BatchNorm, FrozenBatchNorm, or (mean, var, weight, bias, eps)
-        Of O channels. Anything with the attributes `running_mean`, `running_var`, `weight`, `bias` and `eps` will do.
-        Its `weight` and `bias` may be None.
+        Of O channels. Anything with the attributes `running_mean`, `running_var`, `weight`, `bias` and `eps` will do,
+        PyTorch's layers on the CPU among them. Its `weight` and `bias` may be None.
     transposed : bool, default False
     groups : int, default 1
-        Of a transposed convolution; the shape of another one tells them.
+        Of a transposed convolution; the shape of another one tells them, and then they are only checked.
 
     Returns
     -------
@@ -57,7 +58,7 @@ def fold_conv(
     Raises
     ------
     TypeError
-        If an array is not floating.
+        If an array is not floating, or another argument of the wrong type.
     ValueError
         If shapes do not fit, `bn` has no running statistics or an activation (a convolution has none: fold the five
         arrays, and apply the activation after), or a folded value is too large for its dtype.
@@ -77,9 +78,12 @@ def fold_conv(
     (array([0.5, 1. ], dtype=float32), array([-0.5,  0. ], dtype=float32))
     """
     weight = _floating("weight", weight, 2)
+    groups = _state.as_integer("groups", groups)
+    transposed = _native.flag("transposed", transposed)
+    if groups < 1 or weight.shape[0] % groups:
+        kind = "input" if transposed else "output"
+        raise ValueError(f"groups must divide the {weight.shape[0]} {kind} channels of weight, got {groups}")
     if transposed:
-        if groups < 1 or weight.shape[0] % groups:
-            raise ValueError(f"groups must divide the {weight.shape[0]} input channels, got {groups}")
         # Group g makes the outputs g * O / groups and on from the inputs g * I / groups and on.
         grouped = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
         folded, new_bias = _fold(grouped, (0, 2), bias, bn)
@@ -125,7 +129,7 @@ def fold_linear(
     array = _floating("weight", weight, 2)
     if array.ndim != 2:
         raise ValueError(f"weight must have 2 dimensions, got {array.ndim}")
-    return _fold(array, (1,) if transposed else (0,), bias, bn)
+    return _fold(array, (1,) if _native.flag("transposed", transposed) else (0,), bias, bn)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -244,6 +248,7 @@ def fold_report(
     (False, True)
     """
     before = _floating("weight", weight, 2)
+    tolerance = _state.as_number("tolerance", tolerance, 0.0, math.inf)
     folded, _ = fold_conv(before, bias, bn, transposed=transposed, groups=groups)
     exact, _ = fold_conv(before.astype(np.float64), bias, bn, transposed=transposed, groups=groups)
 
@@ -263,7 +268,7 @@ def fold_report(
         int8_error_before=_int8_error(old, _range(old).max(initial=0.0)),
         int8_error_after=_int8_error(new, _range(new).max(initial=0.0)),
         int8_channel_error_after=_int8_error(new, _range(new)[:, None]),
-        tolerance=float(tolerance),
+        tolerance=tolerance,
     )
 
 
@@ -300,11 +305,12 @@ def _affine(bn: _Foldable) -> tuple[_Float64, _Float64, _Float64]:
             raise TypeError(f"bn must be a batch norm or (mean, var, weight, bias, eps): {error}") from None
     if mean is None or var is None:
         raise ValueError("bn must have running statistics, got None")
+    eps = _state.as_number("bn's eps", eps, 0.0, math.inf)
     mean = _state.as_parameter("bn's mean", mean, np.float64)
     var = _state.as_parameter("bn's var", var, np.float64, mean.shape)
     gain = np.ones(mean.shape) if weight is None else _state.as_parameter("bn's weight", weight, np.float64, mean.shape)
     with np.errstate(divide="ignore", invalid="ignore"):
-        scale = gain / np.sqrt(var + float(eps))
+        scale = gain / np.sqrt(var + eps)
     shift = np.zeros(mean.shape) if bias is None else _state.as_parameter("bn's bias", bias, np.float64, mean.shape)
     return mean, scale, shift
 
@@ -312,7 +318,7 @@ def _affine(bn: _Foldable) -> tuple[_Float64, _Float64, _Float64]:
 def _floating(name: str, value: ArrayLike, ndim: int) -> _Array:
     try:
         array = _state.plain(value)
-    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor that requires a gradient
+    except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a floating array, got {type(value).__name__}: {error}") from error
     if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         raise TypeError(f"{name} must be a floating array, got {array.dtype}")
@@ -322,11 +328,24 @@ def _floating(name: str, value: ArrayLike, ndim: int) -> _Array:
 
 
 def _rounded(name: str, exact: _Float64, like: _Array) -> _Array:
-    rounded = exact.astype(like.dtype)
+    rounded: _Array = (_to_odd(exact) if like.dtype.name == "bfloat16" else exact).astype(like.dtype)
     lost = np.count_nonzero(~np.isfinite(rounded)) - np.count_nonzero(~np.isfinite(like))
     if lost > 0:
         raise ValueError(f"the folded {name} has {lost} values that are not finite in {like.dtype}")
     return rounded
+
+
+def _to_odd(exact: _Float64) -> NDArray[np.float32]:
+    """Round to float32 such that rounding that to bfloat16, as casts do, is the same as rounding once.
+
+    What float32 cannot hold becomes, of its two neighbours, the one with an odd last bit: never a tie of bfloat16
+    (Boldo & Melquiond, "Emulation of a FMA and correctly rounded sums", 2008).
+    """
+    narrow = exact.astype(np.float32)
+    bits = narrow.view(np.uint32)
+    bits -= np.abs(narrow) > np.abs(exact)  # towards zero
+    bits |= narrow != exact
+    return narrow
 
 
 def _range(rows: _Float64) -> _Float64:

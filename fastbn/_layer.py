@@ -190,16 +190,16 @@ class BatchNorm:
         dtype: DTypeLike,
         on_nonfinite: str,
     ) -> None:
-        self.num_features = _integer("num_features", num_features)
+        self.num_features = _state.as_integer("num_features", num_features)
         if self.num_features < 0:
             raise ValueError(f"num_features must be at least 0, got {num_features}")
-        self.eps = _number("eps", eps, 0.0, math.inf)
-        self.momentum = None if momentum is None else _number("momentum", momentum, 0.0, 1.0)
+        self.eps = _state.as_number("eps", eps, 0.0, math.inf)
+        self.momentum = None if momentum is None else _state.as_number("momentum", momentum, 0.0, 1.0)
         self.affine = _native.flag("affine", affine)
         self.track_running_stats = _native.flag("track_running_stats", track_running_stats)
-        self.channel_axis = _integer("channel_axis", channel_axis)
+        self.channel_axis = _state.as_integer("channel_axis", channel_axis)
         self.activation = _choice("activation", activation, _ACTIVATIONS)
-        self.negative_slope = _number("negative_slope", negative_slope, -math.inf, math.inf)
+        self.negative_slope = _state.as_number("negative_slope", negative_slope, -math.inf, math.inf)
         self.dtype = np.dtype(dtype)
         if self.dtype.name not in _DTYPES:
             raise TypeError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype}")
@@ -241,7 +241,7 @@ class BatchNorm:
     def num_batches_tracked(self, value: int) -> None:
         if self._tracked is None:
             raise ValueError("num_batches_tracked cannot be assigned: this layer was made without it")
-        number = _integer("num_batches_tracked", value)
+        number = _state.as_integer("num_batches_tracked", value)
         if not 0 <= number <= _state.COUNTER_MAX:
             raise ValueError(f"num_batches_tracked must be from 0 to 2**62, got {number}")
         with self._lock:
@@ -664,32 +664,6 @@ class BatchNorm:
 
 
 _SETTINGS = tuple(inspect.signature(BatchNorm).parameters)
-
-
-def _integer(name: str, value: Any) -> int:
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None:
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if abs(number) > np.iinfo(np.intp).max:
-        raise ValueError(f"{name} is too large, got {value!r}")
-    return number
-
-
-def _number(name: str, value: Any, low: float, high: float) -> float:
-    if isinstance(value, (str, bytes, bool)):
-        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
-    try:
-        number = float(value)
-    except OverflowError:
-        raise ValueError(f"{name} must be finite and from {low} to {high}, got an integer beyond all floats") from None
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a real number, got {type(value).__name__}") from None
-    if not (math.isfinite(number) and low <= number <= high):
-        raise ValueError(f"{name} must be finite and from {low} to {high}, got {value!r}")
-    return number
 
 
 def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import operator
 import os
 import re
@@ -17,11 +18,15 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from fastbn import _native
+
 __all__ = [
     "COUNTER_MAX",
     "MAX_BYTES",
     "IncompatibleKeys",
     "StateDict",
+    "as_integer",
+    "as_number",
     "as_parameter",
     "check_state",
     "load",
@@ -76,11 +81,39 @@ def as_parameter(name: str, value: ArrayLike, dtype: DTypeLike, shape: tuple[int
         return np.array(array, dtype=dtype, order="C")
 
 
+def as_integer(name: str, value: Any) -> int:
+    """Return `value`, which must be an integer that can be an index."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if abs(number) > np.iinfo(np.intp).max:
+        raise ValueError(f"{name} is too large, got {value!r}")
+    return number
+
+
+def as_number(name: str, value: Any, low: float, high: float) -> float:
+    """Return `value`, which must be a finite real number within these bounds."""
+    if isinstance(value, (str, bytes, bool)):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite and from {low} to {high}, got an integer beyond all floats") from None
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}") from None
+    if not (math.isfinite(number) and low <= number <= high):
+        raise ValueError(f"{name} must be finite and from {low} to {high}, got {value!r}")
+    return number
+
+
 def plain(value: Any) -> _Array:
-    """`numpy.asarray`, but for masked arrays, which it strips of their mask."""
+    """`numpy.asarray`; but a masked array is refused, and a tensor with a gradient to come gives its numbers alone."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError("a masked array would lose its mask; give its .filled(value), or its .data")
-    return np.asarray(value)
+    return np.asarray(value.detach() if getattr(value, "requires_grad", False) is True else value)
 
 
 def template(channels: int, dtype: DTypeLike, affine: bool, track_running_stats: bool) -> dict[str, _Array]:
@@ -120,6 +153,7 @@ def check_state(
         for key in state
         if not isinstance(key, str) or (key.startswith(prefix) and key.removeprefix(prefix) not in expected)
     ]
+    strict = _native.flag("strict", strict)
     problems = [f"{what} {_listed(keys)}" for what, keys in (("missing", missing), ("unknown", unknown)) if keys]
     if not strict:
         problems = []

@@ -87,6 +87,32 @@ def test_folding_rounds_once(dtype):
     assert fastbn.fold_conv(weight, bias.astype("f4"), bn)[1].dtype == np.float32
 
 
+def test_folding_to_bfloat16_rounds_once():
+    """Seeded bug: the cast of ml_dtypes alone, which by way of float32 meets ties of its own making."""
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    rng = np.random.default_rng(0)
+    exact = np.concatenate([
+        # A hair beside every tie between 1 and 2, of float32's last normal and first subnormal numbers, and others.
+        *(side * np.ldexp(1 + (2 * np.arange(128) + 1) / 256 + hair, exponent)
+          for side in (1, -1) for hair in (2.0**-40, -(2.0**-40), 0.0) for exponent in (0, 126, -126)),
+        np.ldexp(1.0, -134) * (np.arange(1, 256) + 2.0**-30),
+        [0.0, -0.0, 2.0**-134, 2.0**-200, np.ldexp(2 - 2.0**-8, 127) * (1 - 2.0**-40)],
+        np.ldexp(rng.uniform(1, 2, 4000), rng.integers(-140, 127, 4000)),
+    ])  # fmt: skip
+    one, shift = np.ones((exact.size, 1), bfloat16), np.zeros(exact.size, bfloat16)
+    weight, bias = fastbn.fold_conv(one, shift, (np.zeros(exact.size), np.ones(exact.size), exact, exact, 0.0))
+    # Among bfloat16's numbers the nearest, and of two that are as near the even one.
+    numbers = np.arange(0x7F80, dtype=np.uint16)
+    values = numbers.view(bfloat16).astype(np.float64)
+    ties = (values[:-1] + values[1:]) / 2
+    found = np.searchsorted(ties, abs(exact), side="left")
+    tied = np.append(ties, np.inf)[found] == abs(exact)
+    expected = (numbers[found + (tied & (found % 2 == 1))]).view(bfloat16).astype(np.float64)
+    assert tied.sum() > 300
+    assert_array_equal(abs(weight[:, 0].astype(np.float64)), expected)
+    assert_array_equal(bias.astype(np.float64), np.copysign(expected, exact))
+
+
 def test_a_shared_weight_stays_as_it_is():
     """Seeded bug: folding in place, after which the second layer is folded twice."""
     weight, bias = np.random.default_rng(0).normal(size=(4, 3, 2, 2)), np.ones(4)
@@ -115,8 +141,17 @@ WEIGHT = np.ones((4, 3, 2, 2), np.float32)
         ({"bias": [1, 2, 3, 4]}, TypeError, "bias must be a floating array, got int64"),
         ({"bn": norm(3)}, ValueError, "bn must have the 4 output channels of weight, got 3"),
         ({"bn": norm(4), "transposed": True}, ValueError, "bn must have the 3 output channels of weight, got 4"),
-        ({"bn": norm(6), "transposed": True, "groups": 3}, ValueError, "must divide the 4 input channels, got 3"),
+        ({"bn": norm(6), "transposed": True, "groups": 3}, ValueError, "divide the 4 input channels of weight, got 3"),
         ({"bn": norm(4), "transposed": True, "groups": 0}, ValueError, "groups must divide"),
+        ({"bn": norm(4), "groups": 3}, ValueError, "groups must divide the 4 output channels of weight, got 3"),
+        ({"groups": 2.0}, TypeError, "groups must be an integer, got float"),
+        ({"groups": True}, TypeError, "groups must be an integer, got bool"),
+        ({"transposed": 1}, TypeError, "transposed must be a bool, got int"),
+        ({"bn": (np.ones(4), np.ones(4), None, None, "1e-5")}, TypeError, "bn's eps must be a real number, got str"),
+        ({"bn": (np.ones(4), np.ones(4), None, None, None)}, TypeError, "bn's eps must be a real number, got NoneType"),
+        ({"bn": (np.ones(4), np.ones(4), None, None, -1.0)}, ValueError, "bn's eps must be finite and from 0.0"),
+        ({"bn": (np.ones(4), np.ones(4), None, None, np.nan)}, ValueError, "bn's eps must be finite and from 0.0"),
+        ({"bn": (np.ones(4), "variance", None, None, 0.0)}, TypeError, "bn's var must be an array of real numbers"),
         ({"bn": fastbn.BatchNorm(4, activation="relu")}, ValueError, "activation 'relu', which cannot be folded"),
         ({"bn": fastbn.BatchNorm(4, activation="relu").freeze()}, ValueError, "activation 'relu'"),
         ({"bn": fastbn.BatchNorm(4, track_running_stats=False)}, ValueError, "must have running statistics, got None"),
@@ -133,8 +168,22 @@ def test_what_cannot_be_folded_is_an_error(arguments, error, message):
     """Seeded bugs: an activation that is dropped; an infinity in float16."""
     with pytest.raises(error, match=message):
         fastbn.fold_conv(**{"weight": WEIGHT, "bias": None, "bn": norm(4), **arguments})
+
+
+def test_what_the_others_cannot_take_is_an_error():
     with pytest.raises(ValueError, match="weight must have 2 dimensions, got 4"):
         fastbn.fold_linear(WEIGHT, None, norm(4))
+    with pytest.raises(TypeError, match="transposed must be a bool, got str"):
+        fastbn.fold_linear(WEIGHT[:, :, 0, 0], None, norm(4), transposed="no")
+    for tolerance, error in [("0.1", TypeError), (None, TypeError), (-0.1, ValueError), (np.nan, ValueError)]:
+        with pytest.raises(error, match="tolerance must be "):
+            fastbn.fold_report(WEIGHT, None, norm(4), tolerance=tolerance)
+    for name, value in [("groups", 0), ("groups", None), ("transposed", None)]:
+        with pytest.raises((TypeError, ValueError), match=f"{name} must "):
+            fastbn.fold_report(WEIGHT, None, norm(4), **{name: value})
+    for strict in (None, 0, "no"):
+        with pytest.raises(TypeError, match="strict must be a bool, got "):
+            norm(4).load_state_dict(norm(4).state_dict(), strict)
 
 
 @pytest.mark.parametrize(("transposed", "groups"), [(False, 1), (False, 2), (True, 1), (True, 2)])

@@ -139,6 +139,7 @@ def test_freezing_a_layer_of_a_pytorch_network():
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("bias", [True, False])
 def test_folding_is_pytorchs_and_computes_the_same(rank, groups, transposed, bias):
+    """Seeded bug: parameters refused because gradients would follow them."""
     name = f"Conv{'Transpose' * transposed}{rank}d"
     convolution = getattr(torch.nn, name)(4, 6, 3, groups=groups, bias=bias).eval()
     norm = getattr(torch.nn, f"BatchNorm{rank}d")(6)
@@ -149,10 +150,8 @@ def test_folding_is_pytorchs_and_computes_the_same(rank, groups, transposed, bia
         norm.weight.copy_(torch.linspace(-2, 2, 6))
         expected = norm(convolution(x))
         weight, shift = fastbn.fold_conv(
-            convolution.weight.numpy(), convolution.bias.numpy() if bias else None,
-            (*(getattr(norm, key).numpy() for key in ("running_mean", "running_var", "weight", "bias")), norm.eps),
-            transposed=transposed, groups=groups,
-        )  # fmt: skip
+            convolution.weight, convolution.bias, norm, transposed=transposed, groups=groups
+        )
         convolution.weight.copy_(torch.from_numpy(weight))
         convolution.bias = torch.nn.Parameter(torch.from_numpy(shift))
         assert_allclose(convolution(x), expected, rtol=0, atol=5e-6)
