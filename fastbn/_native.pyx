@@ -389,7 +389,7 @@ cdef cnp.ndarray output(object out, cnp.ndarray x, int code, str name):
     if not PyArray_ISWRITEABLE(y):
         raise ValueError(f"{name} must be writeable, got a read-only array")
     for i in range(cnp.PyArray_NDIM(y)):
-        if cnp.PyArray_STRIDE(y, i) == 0 and cnp.PyArray_DIM(y, i) > 1:
+        if cnp.PyArray_STRIDE(y, i) == 0 and cnp.PyArray_DIM(y, i) > 1 and cnp.PyArray_SIZE(y):
             raise ValueError(f"{name} must have memory of its own for every element, got stride 0 along axis {i}")
     return y
 
