@@ -4,6 +4,7 @@ Nothing here looks at a time. Seeded bug that turns it red: an engine that does 
 so that one that writes nothing passes for the one before it.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -353,3 +354,67 @@ def test_suite(tmp_path):
         assert [m["contender"] for m in members] == ["copy", "fastbn NC", "NumPy NC"]
         assert [m["correct"] for m in members] == [None, True, True]
         assert members[0]["multiple"] == 1
+
+
+@pytest.fixture(scope="module")
+def model():
+    """benchmarks/model.py, which is no package's."""
+    spec = importlib.util.spec_from_file_location("model", ROOT / "benchmarks/model.py")
+    found = importlib.util.module_from_spec(spec)
+    sys.modules["model"] = found
+    spec.loader.exec_module(found)
+    return found
+
+
+def _machine(model, *, arithmetic=0.0, memory=0.0, write=0.0, call=0.0, channel=0.0, worker=0.0, threads=2):
+    """A machine with 1 MB of L2 for each core, and memory beyond 16 MB."""
+    return model.Machine(
+        l2=1 << 20,
+        l3=32 << 20,
+        known=tuple(sorted({1, threads})),
+        kernels={(k, f): [arithmetic] * len(runs) for k in model.READS for f, runs in model.RUNS.items()},
+        calls=dict.fromkeys(model.STEPS, (call, channel)),
+        worker=worker,
+        reads={t: [memory * (f > 1 << 24) for f in model.FOOTPRINTS] for t in (1, threads)},
+        writes=dict.fromkeys((1, threads), write),
+    )
+
+
+def test_model_adds_up(model):
+    """What a call must do, for whom all but one of the machine's constants are zero."""
+    shape, large = (2, 8, 10, 10), (64, 256, 56, 56)
+    nbytes = 4 * 64 * 256 * 56 * 56
+    for op in model.STEPS:
+        assert model.predict(_machine(model, call=3.0, channel=0.5), op, "NCHW", shape, 1) == 3 + 8 * 0.5
+        steps = 1 if op == "inference" else 2
+        expected = steps * 1600 * 2.0
+        assert model.predict(_machine(model, arithmetic=2.0), op, "NCHW", shape, 1) == pytest.approx(expected)
+        assert model.predict(_machine(model, worker=1.0), op, "NCHW", shape, 2) == 0  # so small a call is serial
+        assert model.predict(_machine(model, worker=1.0), op, "NHWC", large, 2) == steps  # its regions
+        tensors = 2 if op == "backward" else 1
+        once = model.predict(_machine(model, memory=1.0), op, "NCHW", large, 2)
+        assert once == pytest.approx(tensors * nbytes)
+        twice = model.predict(_machine(model, memory=1.0), op, "NHWC", large, 2)
+        assert once * steps * 0.9 < twice <= once * steps  # a second sweep, but for what the cache has kept
+        assert model.predict(_machine(model, write=1.0), op, "NHWC", large, 2) == pytest.approx(nbytes)
+    both = _machine(model, memory=3.0, write=4.0)
+    assert model.predict_copy(both, large, 2) == pytest.approx(5 * nbytes)
+
+
+def test_model_of_a_bigger_machine(model):
+    """Cores divide what is theirs, and nobody exceeds the bandwidth."""
+    large = (64, 256, 56, 56)
+    nbytes = 4 * 64 * 256 * 56 * 56
+    for bandwidth, seconds in ((1.0, 2 * nbytes / 2e9), (1e9, nbytes * 1e-9 / 16)):
+        guess = model.bigger(_machine(model, memory=1e-9), 2, bandwidth, 32)
+        assert model.predict(guess, "inference", "NCHW", large, 16) == pytest.approx(seconds)
+        assert model.predict_copy(guess, large, 16) == pytest.approx(seconds)
+
+
+def test_model_runs(model, monkeypatch, capsys):
+    monkeypatch.setattr(model, "FOOTPRINTS", [2**18, 2**20, 2**23])
+    monkeypatch.setattr(sys, "argv", ["model.py", "--shapes", "3x16x56x56", "--seconds", "0", "--cores", "128"])
+    model.main()
+    out = capsys.readouterr().out
+    assert "of 12 within 20 %" in out
+    assert "predicted, not measured: 128 cores" in out
