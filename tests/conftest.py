@@ -14,6 +14,15 @@ import fastbn
 from fastbn import _native
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--huge", action="store_true", help="run the tests that need gigabytes of memory and minutes, too")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("huge") and not item.config.getoption("--huge"):
+        pytest.skip("needs --huge, and gigabytes of memory")
+
+
 @pytest.fixture(params=_native.isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every tier that this machine can run."""
