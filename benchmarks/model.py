@@ -9,7 +9,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
+from itertools import groupby, product
 from statistics import geometric_mean, median
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 import fastbn
 from fastbn import _native
 from fastbn._bench import engine, report
-from fastbn._bench.cases import OPS, SHAPES, Case, format_shape, parse_shape
+from fastbn._bench.cases import SHAPES, Case, format_shape, parse_shape
 from fastbn._bench.data import Tensors, aligned
 from fastbn._bench.peers import Copy, Entry, Fastbn
 
@@ -59,9 +59,9 @@ class Machine:
     def write(self, threads: int) -> float:
         return self.writes[threads] if threads in self.known else self.writes[1] / threads
 
-    def floor(self, footprint: float, moved: float) -> float:
-        """What moving so many bytes takes at the least, if they lie in a memory whose bandwidth is a guess."""
-        return moved / self.bandwidth if footprint > self.l3 // 2 else 0.0
+    def floor(self, footprint: float, fetched: float, streamed: float) -> float:
+        """What so many bytes take at the least in a memory whose bandwidth is a guess."""
+        return (fetched * (footprint > self.l3 // 2) + streamed) / self.bandwidth
 
     def again(self, footprint: float, threads: int) -> float:
         """What a byte costs in a second sweep that starts where the first ended."""
@@ -109,7 +109,7 @@ def predict(m: Machine, op: str, layout: str, shape: tuple[int, ...], threads: i
         return m.element(kernel, family, run) * elements * dealt
 
     # Arithmetic and traffic overlap in part: more than if one waited for the other, less than the longer alone.
-    reads, all_moved = m.floor(footprint, inputs), m.floor(footprint, inputs + x)
+    reads, all_moved = m.floor(footprint, inputs, 0), m.floor(footprint, inputs, x * plan["stream"])
     if reduce is None:
         steps = max(math.hypot(work(apply), fetch + store, streamed), all_moved)
     elif not slabs:
@@ -126,7 +126,7 @@ def predict(m: Machine, op: str, layout: str, shape: tuple[int, ...], threads: i
 
 def predict_copy(m: Machine, shape: tuple[int, ...], threads: int) -> float:
     x = math.prod(shape) * SIZE
-    moved = max(math.hypot(m.read(x, threads), m.write(threads)) * x, m.floor(x, 2 * x))
+    moved = max(math.hypot(m.read(x, threads), m.write(threads)) * x, m.floor(x, x, x))
     return m.worker * (threads - 1) + moved
 
 
@@ -204,29 +204,39 @@ def _calls(m: Machine, budget: float) -> None:
         m.calls[op] = few - 16 * channel, channel
 
 
-def compare(m: Machine, shapes: list[tuple[int, ...]], budget: float) -> list[list[str]]:
-    """Predict and measure, in multiples of the copy that was measured, or predicted, beside it."""
-    rows, ratios = [], []
+def compare(m: Machine, shapes: list[tuple[int, ...]], budget: float) -> list[tuple[tuple, float, float]]:
+    """Predict and measure, in multiples of the copy that was predicted, or measured, beside it."""
+    found = []
     for shape in report.progress(shapes):
         tensors = Tensors(shape, "float32")
-        calls = {}
-        for t in m.known:
-            calls[("copy", ""), t] = Entry(Case("copy", shape, threads=t), Copy()).make(tensors).run
-            for op, layout in product(OPS[:3], Fastbn.layouts):
-                calls[(op, layout), t] = Entry(Case(op, shape, threads=t), Fastbn(), layout).make(tensors).run
-        found = seconds(calls, budget)
-        for ((op, layout), t), time in found.items():
-            if op != "copy":
-                multiple = predict(m, op, layout, shape, t) / predict_copy(m, shape, t)
-                actual = time / found[("copy", ""), t]
-                ratios.append(multiple / actual)
-                words = [format_shape(shape), op, layout, str(t)]
-                rows.append([*words, f"{multiple:.2f}", f"{actual:.2f}", f"{multiple / actual:.2f}"])
-    rows.sort(key=lambda row: (row[1], row[2], row[3]))
-    within = sum(1 / 1.2 <= r <= 1.2 for r in ratios)
-    spread = geometric_mean(max(r, 1 / r) for r in ratios)
-    rows.append([f"{within} of {len(ratios)} within 20 %", "", "", "", "", "mean off by", f"{spread:.2f}"])
-    return [["shape", "", "", "threads", "predicted", "measured", "ratio"], *rows]
+        copies = {("copy", t): Entry(Case("copy", shape, threads=t), Copy()).make(tensors).run for t in m.known}
+        calls = {
+            ((op, layout), t): Entry(Case(op, shape, threads=t), Fastbn(), layout).make(tensors).run
+            for op, layout, t in product(STEPS, Fastbn.layouts, m.known)
+        }
+        times = seconds(copies | calls, budget)
+        for (op, layout), t in calls:
+            predicted = predict(m, op, layout, shape, t) / predict_copy(m, shape, t)
+            found.append(((op, layout, t, shape), predicted, times[(op, layout), t] / times["copy", t]))
+    return sorted(found, key=lambda row: row[0][:3])
+
+
+def table(found: list[tuple[tuple, float, float]]) -> str:
+    """All cases, then what they are in geometric mean."""
+    rows = [["", "", "threads", "shape", "predicted", "measured", "ratio"]]
+    means = [["", "", "threads", "predicted", "measured", "mean error", "within 20 %"]]
+    for (op, layout, t, shape), predicted, measured in found:
+        words = [op, layout, str(t), format_shape(shape)]
+        rows.append([*words, f"{predicted:.2f}", f"{measured:.2f}", f"{predicted / measured:.2f}"])
+    groups = [(key, list(rest)) for key, rest in groupby(found, key=lambda row: row[0][:3])]
+    for key, group in [*groups, (("all", "", ""), found)]:
+        predicted, measured = (geometric_mean(row[i] for row in group) for i in (1, 2))
+        ratios = [row[1] / row[2] for row in group]
+        mean = geometric_mean(max(r, 1 / r) for r in ratios) - 1
+        within = sum(1 / 1.2 <= r <= 1.2 for r in ratios)
+        words = list(map(str, key))
+        means.append([*words, f"{predicted:.2f}", f"{measured:.2f}", f"{mean:.0%}", f"{within} of {len(group)}"])
+    return "\n".join([*report.aligned(rows), "", *report.aligned(means)])
 
 
 def bigger(m: Machine, sockets: int, bandwidth: float, l3: float) -> Machine:
@@ -259,8 +269,7 @@ def main() -> None:
     print(report.describe(report.machine([Fastbn()])))
     others = report.Others()
     m = measure_machine(args.seconds)
-    rows = compare(m, shapes, args.seconds)
-    print("\n".join([*constants(m), "", "multiples of the copy", *report.aligned(rows)]))
+    print("\n".join([*constants(m), "", "multiples of the copy", table(compare(m, shapes, args.seconds))]))
     if args.cores:
         guess = bigger(m, args.sockets, args.bandwidth, args.l3)
         print(f"\npredicted, not measured: {args.cores} cores, {args.sockets} sockets, {args.bandwidth:g} GB/s each")
