@@ -133,7 +133,8 @@ def predict_copy(m: Machine, shape: tuple[int, ...], threads: int) -> float:
 def seconds(calls: dict, budget: float) -> dict:
     """Measure calls by (anything, threads) against each other."""
     prepare = [partial(fastbn.set_num_threads, threads) for _, threads in calls]
-    return dict(zip(calls, map(median, engine.measure(list(calls.values()), budget, prepare)), strict=True))
+    with fastbn.num_threads(fastbn.get_num_threads()):
+        return dict(zip(calls, map(median, engine.measure(list(calls.values()), budget, prepare)), strict=True))
 
 
 def filled(shape: tuple[int, ...]) -> np.ndarray:

@@ -417,7 +417,9 @@ def test_model_of_a_bigger_machine(model):
 def test_model_runs(model, monkeypatch, capsys):
     monkeypatch.setattr(model, "FOOTPRINTS", [2**18, 2**20, 2**23])
     monkeypatch.setattr(sys, "argv", ["model.py", "--shapes", "3x16x56x56", "--seconds", "0", "--cores", "128"])
-    model.main()
+    with fastbn.num_threads(2):
+        model.main()
+        assert fastbn.get_num_threads() == 2
     out = capsys.readouterr().out
     assert re.search(r"^all .* of 12$", out, re.MULTILINE)
     assert "predicted, not measured: 128 cores" in out

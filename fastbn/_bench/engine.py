@@ -131,7 +131,7 @@ def check(
     entries: Sequence[Entry],
     made: Sequence[Contender],
     tensors: Callable[[Case], Tensors],
-    set_threads: Callable[[int], None] = fastbn.set_num_threads,
+    set_threads: Callable[[int], object] = lambda _: None,
 ) -> list[tuple[float | None, bool | None]]:
     """Each contender's error, and whether it is tolerated; the copy is only run."""
     checks: dict[Case, Check] = {}
@@ -156,7 +156,7 @@ def measure(
     warm, batches = [], []
     for timer, ready in zip(timers, prepare, strict=True):
         ready()
-        warm.append(_calls(timer, WARM_SECONDS))
+        warm.append(_calls(timer, min(WARM_SECONDS, seconds / 100)))
         batches.append(_calls(timer, BATCH_SECONDS))
     samples: list[list[float]] = [[] for _ in calls]
     order = list(range(len(calls)))
@@ -186,6 +186,6 @@ def _calls(timer: timeit.Timer, seconds: float) -> int:
     """How many calls together take so long, or up to twice that."""
     timer.timeit(1)
     calls = 1
-    while timer.timeit(calls) < seconds:
+    while seconds and timer.timeit(calls) < seconds:
         calls *= 2
     return calls
