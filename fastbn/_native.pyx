@@ -114,7 +114,7 @@ cdef extern from "parallel.h" nogil:
     enum:
         FBN_MAX_THREADS
     ctypedef struct fbn_parallel_counters:
-        long long parallel, contended
+        long long parallel, contended, helped
     void fbn_parallel_init()
     const char *fbn_parallel_runtime()
     bint fbn_parallel_sees_openmp()
@@ -1299,7 +1299,7 @@ def parallel_sees_openmp():
 
 def parallel_counters():
     cdef fbn_parallel_counters c = fbn_parallel_count()
-    return {"parallel": c.parallel, "contended": c.contended}
+    return {"parallel": c.parallel, "contended": c.contended, "helped": c.helped}
 
 
 def machine():

@@ -6,6 +6,7 @@ The number is process-wide. It is, in this order:
    was configured wrongly should not start. Empty counts as unset.
 2. ``OMP_NUM_THREADS``, its first element if it is a list. It is not ours: what cannot be understood is passed over, and
    the reason says so.
+   ``OMP_THREAD_LIMIT`` is the most that this or the next rule gives.
 3. The smallest of: the CPUs in the affinity mask, the physical cores among them, and the CPU quota of the cgroup and of
    every cgroup above it (v1 and v2), rounded down; at least 1. What the system does not tell does not limit.
 """
@@ -45,19 +46,21 @@ def choose(
             raise ValueError(f"FASTBN_NUM_THREADS must be an integer from 1 to {MAX_THREADS}, got {own!r}")
         return Choice(number, f"FASTBN_NUM_THREADS={own}")
 
-    note = ""
+    most = _positive(environ.get("OMP_THREAD_LIMIT", "").strip()) or MAX_THREADS
+    note = f"; OMP_THREAD_LIMIT={most}" if most < MAX_THREADS else ""
+    most = min(most, MAX_THREADS)
     openmp = environ.get("OMP_NUM_THREADS", "").strip()
     if openmp:
         number = _positive(openmp.partition(",")[0].strip())
         if number:
-            return Choice(min(number, MAX_THREADS), f"OMP_NUM_THREADS={openmp}")
-        note = f"; OMP_NUM_THREADS={openmp!r} is not understood"
+            return Choice(min(number, most), f"OMP_NUM_THREADS={openmp}{note}")
+        note += f"; OMP_NUM_THREADS={openmp!r} is not understood"
 
     cpus = _affinity() if cpus is None else cpus
     cores = len({_core(root, cpu) for cpu in cpus})
     quota = min(map(_quota, cgroups(root, "cpu")), default=math.inf)
     said = "no CPU quota" if quota == math.inf else f"a CPU quota of {quota:.4g}"
-    number = int(max(1, min(len(cpus), cores, quota, MAX_THREADS)))
+    number = int(max(1, min(len(cpus), cores, quota, most)))
     return Choice(number, f"{len(cpus)} CPUs allowed, {cores} physical cores, {said}{note}")
 
 
@@ -136,7 +139,7 @@ def why() -> str:
     return CHOICE.reason if get_num_threads() == CHOICE.number else "set_num_threads"
 
 
-def set_num_threads(n: int) -> None:
+def set_num_threads(n: int | None) -> None:
     """Set the number of threads that a call may use, for the whole process.
 
     A call uses this many or one: one where the work is too small to share, where the caller is already inside an OpenMP
@@ -144,8 +147,9 @@ def set_num_threads(n: int) -> None:
 
     Parameters
     ----------
-    n : int
-        From 1 to 1024.
+    n : int or None
+        From 1 to 1024. None is the number that an import of fastbn would start with now: for a process whose CPUs or
+        quota have changed, such as a server's worker that is pinned after the fork.
 
     Raises
     ------
@@ -161,7 +165,8 @@ def set_num_threads(n: int) -> None:
     Notes
     -----
     Until it is called the number is that of the environment variable ``FASTBN_NUM_THREADS``, else of
-    ``OMP_NUM_THREADS``, else what affinity, physical cores and CPU quota allow; `show_config` says which.
+    ``OMP_NUM_THREADS``, else what affinity, physical cores and CPU quota allow, the last two no more than
+    ``OMP_THREAD_LIMIT``; `show_config` says which.
 
     Examples
     --------
@@ -172,6 +177,10 @@ def set_num_threads(n: int) -> None:
     1
     >>> fastbn.set_num_threads(before)
     """
+    global CHOICE
+    if n is None:
+        CHOICE = choose()
+        n = CHOICE.number
     number = operator.index(n)
     if not 1 <= number <= MAX_THREADS:
         raise ValueError(f"the number of threads must be from 1 to {MAX_THREADS}, got {number}")

@@ -29,13 +29,13 @@
 #endif
 
 #if defined(_MSC_VER)
-typedef volatile long fbn_shared; /* atomic enough for a setting and two counters */
+typedef volatile long fbn_shared; /* atomic enough for a setting and three counters */
 #else
 #include <stdatomic.h>
 typedef atomic_long fbn_shared;
 #endif
 
-static fbn_shared fbn_number = 1, fbn_parallel_runs, fbn_contended_runs;
+static fbn_shared fbn_number = 1, fbn_parallel_runs, fbn_contended_runs, fbn_helped_shares;
 
 bool fbn_set_num_threads(int n)
 {
@@ -48,7 +48,8 @@ int fbn_get_num_threads(void) { return (int)fbn_number; }
 
 fbn_parallel_counters fbn_parallel_count(void)
 {
-    return (fbn_parallel_counters){.parallel = fbn_parallel_runs, .contended = fbn_contended_runs};
+    return (fbn_parallel_counters){
+        .parallel = fbn_parallel_runs, .contended = fbn_contended_runs, .helped = fbn_helped_shares};
 }
 
 /* What follows is written three times: who may use the team, how it runs, and what it is called. */
@@ -183,6 +184,7 @@ static void *fbn_work(void *argument)
         fbn_await(fbn_waiting, tid, &fbn_pool.posted, spin);
         fbn_leave(fbn_pool.processor);
         if (fbn_take_share(tid)) {
+            fbn_helped_shares++;
             /* A caller that flushes subnormals must not get them flushed in its own part of the result only. */
             fesetenv(&fbn_pool.environment);
             fbn_do_share(tid);

@@ -30,10 +30,10 @@ bool fbn_parallel_sees_openmp(void);
 bool fbn_set_num_threads(int n);
 int fbn_get_num_threads(void);
 
-/* Counters for tests: regions entered with more than one thread, and regions that ran serially because the team was
- * taken. */
+/* Counters for tests: regions entered with more than one thread, regions that ran serially because the team was taken,
+ * and shares that workers of our own took. */
 typedef struct {
-    long long parallel, contended;
+    long long parallel, contended, helped;
 } fbn_parallel_counters;
 fbn_parallel_counters fbn_parallel_count(void);
 

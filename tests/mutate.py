@@ -80,6 +80,14 @@ BUGS = [
         "test_threads.py::test_forty_callers",
     ),
     Bug(
+        3,
+        "idle workers, row 3",
+        "src_c/parallel.c",
+        "        if (fbn_take_share(tid)) {\n            fbn_helped",
+        "        while (fbn_waiting(tid)) sched_yield();\n        if (false) {\n            fbn_helped",
+        "test_threads.py::test_forty_callers",
+    ),
+    Bug(
         4,
         "workers for one job",
         "src_c/parallel.c",
@@ -88,11 +96,19 @@ BUGS = [
         "test_threads.py::test_no_thread_is_created_after_the_first",
     ),
     Bug(
+        4,
+        "idle workers, row 4",
+        "src_c/parallel.c",
+        "        if (fbn_take_share(tid)) {\n            fbn_helped",
+        "        while (fbn_waiting(tid)) sched_yield();\n        if (false) {\n            fbn_helped",
+        "test_threads.py::test_no_thread_is_created_after_the_first",
+    ),
+    Bug(
         5,
         "quota rounded up",
         "fastbn/_threads.py",
-        "int(max(1, min(len(cpus), cores, quota, MAX_THREADS)))",
-        "math.ceil(max(1, min(len(cpus), cores, quota, MAX_THREADS)))",
+        "int(max(1, min(len(cpus), cores, quota, most)))",
+        "math.ceil(max(1, min(len(cpus), cores, quota, most)))",
         "test_threads.py::test_quota_affinity_cores",
     ),
     Bug(
@@ -109,6 +125,14 @@ BUGS = [
         "src_c/parallel.c",
         "} while (fbn_nanoseconds() < deadline);",
         "} while (deadline > 0);",
+        "test_idle.py",
+    ),
+    Bug(
+        6,
+        "idle workers, row 6",
+        "src_c/parallel.c",
+        "        if (fbn_take_share(tid)) {\n            fbn_helped",
+        "        while (fbn_waiting(tid)) sched_yield();\n        if (false) {\n            fbn_helped",
         "test_idle.py",
     ),
     Bug(

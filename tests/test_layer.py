@@ -669,6 +669,30 @@ def test_loading_is_one_step_for_evaluating_threads():
         loader.join()
 
 
+def test_mean_and_variance_of_a_reader_belong_together():
+    """Seeded bug, where there is no GIL: `lock_numbers` of _native.pyx does nothing."""
+    bn = fastbn.BatchNorm(4096, momentum=0.5, dtype="float64")
+    bn.running_mean = np.ones(4096)
+    # Batches whose variances are as their means.
+    batches = [np.repeat([[m - np.sqrt(m / 2)], [m + np.sqrt(m / 2)]], 4096, axis=1) for m in (1.0, 4.0)]
+    x = np.repeat([[0.0], [1.0]], 4096, axis=1)
+    done = threading.Event()
+
+    def train():
+        for i in range(400):
+            bn(batches[i % 2])
+        done.set()
+
+    def read():
+        while not done.is_set():
+            y = fastbn.normalize(x, bn.running_mean, bn.running_var, eps=0.0)
+            deviation = 1 / (y[1] - y[0])
+            assert_allclose(deviation**2, deviation[0] ** 2, rtol=1e-9)
+            assert_allclose(-y[0] * deviation, deviation[0] ** 2, rtol=1e-9)
+
+    run([threading.Thread(target=train), *(threading.Thread(target=read) for _ in range(2))])
+
+
 def test_layers_that_compare_equal_are_two_to_a_forked_child():
     class Equal(fastbn.BatchNorm):
         def __eq__(self, other):

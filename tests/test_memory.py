@@ -4,20 +4,29 @@ import os
 import platform
 import shutil
 import subprocess
+import sysconfig
 
 import pytest
 from fresh import run
+
+from fastbn import _native
 
 ASAN = "asan" in os.environ.get("LD_PRELOAD", "")
 
 # malloc and its kin, of which one call of this thread can be made to fail: the n-th from now.
 SHIM = """
+#define _GNU_SOURCE
 #include <errno.h>
 #include <stddef.h>
+#include <unistd.h>
 
 void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_realloc(void *, size_t);
 
 static _Thread_local long left;
+static int elsewhere;
+
+/* How often threads other than the first asked for memory. */
+int asked_elsewhere(void) { return elsewhere; }
 
 void fail_at(long n) { left = n; }
 
@@ -31,6 +40,7 @@ int pending(void)
 
 static int fails(void)
 {
+    if (gettid() != getpid()) __atomic_add_fetch(&elsewhere, 1, __ATOMIC_SEQ_CST);
     if (left == 0 || --left > 0) return 0;
     errno = ENOMEM;
     return 1;
@@ -154,7 +164,8 @@ cases["__setstate__"] = of_layer(small, {}, lambda bn, x: bn.__setstate__(pickle
 cases["from_state_dict"] = of_arrays(fastbn.FrozenBatchNorm.from_state_dict, state_dict)
 cases["fold_linear"] = of_arrays(fastbn.fold_linear, np.ones((3, 4), np.float32), None, other)
 
-report(failed={name: each_failure(name, make) for name, make in cases.items()})
+failed = {name: each_failure(name, make) for name, make in cases.items()}
+report(failed=failed, elsewhere=shim.asked_elsewhere(), **fastbn._native.parallel_counters())
 """
 
 
@@ -168,9 +179,13 @@ def shim(tmp_path_factory):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or shutil.which("cc") is None, reason="needs glibc and cc")
 @pytest.mark.skipif(ASAN, reason="AddressSanitizer has a malloc of its own")
+@pytest.mark.skipif(sysconfig.get_config_var("Py_GIL_DISABLED"), reason="without a GIL Python has a malloc of its own")
 def test_every_allocation_may_fail(shim):
     """Row 17, more than 500 failing mallocs. Red with a malloc in src_c taken for granted, or with memory that is asked
     for between the change of the running statistics and that of the counter.
+
+    Workers ask for none, so nothing can fail in them: a caller has it all before it starts a team, or a MemoryError.
+    Red with a malloc in fbn_work.
     """
     got = run(
         EACH_FAILURE + CASES,
@@ -180,6 +195,9 @@ def test_every_allocation_may_fail(shim):
     )
     assert sum(got["failed"].values()) >= 500
     assert min(got["failed"].values()) >= 1
+    assert got["elsewhere"] == 0
+    if _native.parallel_runtime() == "pthreads":
+        assert got["helped"] > 0
 
 
 @pytest.mark.slow

@@ -261,8 +261,9 @@ int main(int argc, char **argv)
         pthread_join(threads[i], NULL);
     }
     fbn_parallel_counters n = fbn_parallel_count();
-    printf("%lld calls ran on a team, %lld found it taken\n", n.parallel, n.contended);
-    check(n.parallel > 0 && n.contended > 0, "no team, or no contention for it");
+    printf("%lld calls ran on a team, %lld found it taken, workers took %lld shares\n", n.parallel, n.contended,
+           n.helped);
+    check(n.parallel > 0 && n.contended > 0 && n.helped > 0, "no team, or no contention for it");
     fbn_recycle_state memory = fbn_recycle_look();
     printf("%lld blocks made, %lld served again\n", memory.made, memory.reused);
     check(memory.reused > memory.made, "memory was not recycled");
