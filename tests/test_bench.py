@@ -198,6 +198,16 @@ def test_in_place_gives_each_its_input(capsys):
     assert "NHWC" not in out
 
 
+@pytest.mark.parametrize("memory", [1 << 20, None, 1 << 40])
+def test_what_does_not_fit_is_left_out(memory, monkeypatch, capsys):
+    """Inputs in both layouts and results: 3 x 16 x 56 x 56 is 0.6 MB of float32."""
+    monkeypatch.setattr(report, "free_memory", lambda: memory)
+    command = ["bench", "--shapes", "3x16x56x56", "--seconds", "0", "--ops", "backward", "--fuse", "residual"]
+    small = memory == 1 << 20
+    assert main([*command, "--out", "both"]) == small
+    assert ("without 3x16x56x56, backward, residual, float32" in capsys.readouterr().err) == small
+
+
 def test_units(monkeypatch, capsys):
     _measured(monkeypatch, lambda _: 3.0e-6)
     command = ["bench", "--shapes", "10x100", "100x300", "--ops", "inference"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -110,16 +109,21 @@ class Data:
     """The tensors of a contest; what the next does not need goes before its own come."""
 
     def __init__(self, inplace: bool = False) -> None:
-        self._inplace, self._made = inplace, dict[Any, Tensors]()
+        self.inplace, self._made = inplace, dict[Any, Tensors]()
 
     def keep(self, contest: Contest) -> None:
         """Forget all but the data of this contest."""
         needed = {entry.case.data for entry in contest.entries}
         self._made = {key: tensors for key, tensors in self._made.items() if key in needed}
 
+    @property
+    def nbytes(self) -> int:
+        """What there is already."""
+        return sum(tensors.nbytes for tensors in self._made.values())
+
     def __call__(self, case: Case) -> Tensors:
         if case.data not in self._made:
-            self._made[case.data] = Tensors(*case.data, inplace=self._inplace)
+            self._made[case.data] = Tensors(*case.data, inplace=self.inplace)
         return self._made[case.data]
 
 
@@ -139,10 +143,10 @@ def bench(args: argparse.Namespace) -> int:
     data, others = Data(args.out == "inplace"), report.Others()
     try:
         for contest in report.progress(chosen):
-            if not _fits(contest, args.out == "inplace"):
+            data.keep(contest)
+            if not _fits(contest, data):
                 print(f"without {contest.case}: not enough memory", file=sys.stderr)
                 continue
-            data.keep(contest)
             groups.append(run(contest, data, args.seconds))
     except KeyboardInterrupt:
         print("\ninterrupted: this is what was measured", file=sys.stderr)
@@ -160,19 +164,19 @@ def bench(args: argparse.Namespace) -> int:
     return int(any(r.correct is False and r.peer == Fastbn.name for g in groups for r in g.results))
 
 
-def _fits(contest: Contest, inplace: bool) -> bool:
-    """Whether memory holds the inputs in every layout, the result and one that is fresh; if it can be asked."""
-    if not hasattr(os, "sysconf"):
-        return True
+def _fits(contest: Contest, data: Data) -> bool:
+    """Whether memory holds the inputs in every layout, the result, and two that are fresh; if it can be asked."""
+    free = report.free_memory()
     need = 0
-    for data in {entry.case.data for entry in contest.entries}:
-        using = [entry for entry in contest.entries if entry.case.data == data]
+    for key in {entry.case.data for entry in contest.entries}:
+        using = [entry for entry in contest.entries if entry.case.data == key]
         layouts = len({"NCHW", *(entry.layout for entry in using if entry.layout)})
         inputs = 1 + max(e.case.backward for e in using) + max(e.case.residual for e in using)
-        outputs = 0 if inplace else 1 + max(e.case.reader for e in using)
-        need += using[0].case.nbytes * (inputs * layouts + outputs)
-    fresh = max(e.case.nbytes * (1 + e.case.residual) * e.fresh for e in contest.entries)
-    return need + fresh < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.85
+        outputs = 1 + max(e.case.reader for e in using)
+        need += using[0].case.nbytes * (1 if data.inplace else inputs * layouts + outputs)
+    # What is not needed any more is recycled, or about to be freed.
+    need += max(2 * e.case.nbytes * (1 + e.case.residual) * e.fresh for e in contest.entries)
+    return free is None or need < 0.9 * (free + data.nbytes)
 
 
 def _shape(text: str) -> str:

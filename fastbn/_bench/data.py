@@ -109,6 +109,12 @@ class Tensors:
         """Where results go: one piece of memory for every layout."""
         return self._out.reshape(to_layout(np.broadcast_to(np.uint8(0), self.shape), layout).shape)
 
+    @property
+    def nbytes(self) -> int:
+        """All memory that has been made so far."""
+        others = [self.__dict__[name] for name in ("_out", "spare") if name in self.__dict__ and not self.inplace]
+        return sum(a.nbytes for a in (*self._made.values(), *others))
+
     def spoil(self) -> None:
         """Fill the output with NaN, so that a result nobody wrote is seen; in place, with the input again."""
         if self.inplace:

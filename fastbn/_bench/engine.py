@@ -21,6 +21,9 @@ from fastbn._bench.data import Check, Tensors
 from fastbn._bench.peers import Contender, Copy, Entry
 
 MIN_ROUNDS = 7
+# Where rounds are so long that this many seconds would not do, there are fewer.
+PATIENCE = 10
+FEWEST_ROUNDS = 3
 BATCH_SECONDS = 2e-4
 # A thread that sleeps on a virtual machine takes some 0.1 ms to come, and then a while to meet its caches again.
 WARM_SECONDS = 1.5e-3
@@ -161,8 +164,12 @@ def measure(
     samples: list[list[float]] = [[] for _ in calls]
     order = list(range(len(calls)))
     shuffle = random.Random(0).shuffle
-    end = time.perf_counter() + seconds
-    while len(samples[0]) < MIN_ROUNDS or time.perf_counter() < end:
+    start = time.perf_counter()
+    while (
+        len(samples[0]) < FEWEST_ROUNDS
+        or (len(samples[0]) < MIN_ROUNDS and time.perf_counter() < start + PATIENCE)
+        or time.perf_counter() < start + seconds
+    ):
         shuffle(order)
         for i in order:
             prepare[i]()
@@ -184,8 +191,10 @@ def wait_until_idle() -> None:
 
 def _calls(timer: timeit.Timer, seconds: float) -> int:
     """How many calls together take so long, or up to twice that."""
-    timer.timeit(1)
+    first = timer.timeit(1)
     calls = 1
+    if first >= LONG_SECONDS:
+        return calls
     while seconds and timer.timeit(calls) < seconds:
         calls *= 2
     return calls

@@ -267,7 +267,7 @@ class Torch(Peer):
         constants = (None, None, True) if case.training else (mean, var, False)
         if case.op == "backward":
             z, *kept = torch.native_batch_norm(x, weight, bias, *constants, 0.1, EPS)
-            z = finished(z)
+            z = finished(z) if case.relu else None  # which nobody else needs, and which may be gigabytes
 
             def backward() -> tuple[Any, ...]:
                 dr = torch.ops.aten.threshold_backward(dy, z, 0) if case.relu else dy
