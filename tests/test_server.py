@@ -1,5 +1,6 @@
 """test_server.py -- row 2 of docs/reliability.md: examples/server under load, with rows 1 and 3 holding."""
 
+import http.client
 import importlib.util
 import os
 import subprocess
@@ -23,15 +24,26 @@ pytestmark = [
 def parameters(tmp_path_factory):
     path = tmp_path_factory.mktemp("server") / "parameters.npz"
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, SERVER / "train.py", path], env=environment, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-P", SERVER / "train.py", path], env=environment, check=True, capture_output=True)
     return path
+
+
+def refused(port, announced):
+    """The answer to a body that is announced and then breaks off."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.putrequest("POST", "/predict")
+    connection.putheader("Content-Length", str(announced))
+    connection.endheaders(bytes(8192))
+    status = connection.getresponse().status
+    connection.close()
+    return status
 
 
 @pytest.mark.parametrize("server", ["uvicorn", "gunicorn --preload -w 2"])
 def test_every_request_is_answered(server, parameters, monkeypatch):
     """Row 2, 2 x 200 requests. gunicorn: red with a child that believes in its parent's workers, and with
     FBN_OPENMP_TEAM, whose forked workers hang. Both: red with a token that is never taken (wrong bits, or more threads
-    than the bound).
+    than the bound). A body that is too large is not waited for: red with `await request.body()`.
     """
     monkeypatch.syspath_prepend(SERVER)
     monkeypatch.setenv("FASTBN_NUM_THREADS", "3")
@@ -40,6 +52,7 @@ def test_every_request_is_answered(server, parameters, monkeypatch):
     expected = load.questions(parameters)
     with load.serve(server, "fastbn", parameters) as port:
         result = load.load(port, requests=200, clients=40, expected=expected)
+        assert refused(port, announced=1 << 30) == 413
 
     assert result.answered == 200
     assert result.wrong == 0

@@ -138,6 +138,7 @@ def bound(team: int) -> int:
 
 def questions(parameters: Path) -> dict[bytes, list[int]]:
     """Requests, and what the network answers to them in this process."""
+    sys.path.insert(0, str(HERE))  # where it is anyway, but under python -P
     from network import Network
 
     network = Network(np.load(parameters))

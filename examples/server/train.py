@@ -4,10 +4,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from network import BLOCKS, CHANNELS, CLASSES, EPS, FEATURES, GROWTH, WIDTHS, Network, enlarge, run
 from sklearn.datasets import load_digits
 
 import fastbn
+
+sys.path.insert(0, str(Path(__file__).parent))  # where it is anyway, but under python -P
+from network import BLOCKS, CHANNELS, CLASSES, EPS, FEATURES, GROWTH, WIDTHS, Network, enlarge, run
 
 PARAMETERS = Path(__file__).with_name("parameters.npz")
 TRAINING = 1400
