@@ -173,6 +173,8 @@ class FrozenBatchNorm(_native.Prepared):
 
         Raises
         ------
+        TypeError
+            If `bn` is not a BatchNorm.
         ValueError
             If the layer has no running statistics.
 
@@ -182,6 +184,8 @@ class FrozenBatchNorm(_native.Prepared):
         >>> fastbn.FrozenBatchNorm.from_batch_norm(fastbn.BatchNorm(3, activation="relu"))
         FrozenBatchNorm(3, eps=1e-05, channel_axis=1, activation='relu', dtype=float32)
         """
+        if not hasattr(bn, "_lock"):
+            raise TypeError(f"bn must be a BatchNorm, got {type(bn).__name__}")
         with bn._lock:
             if bn.running_mean is None or bn.running_var is None:
                 raise ValueError("bn must have running statistics, and was made with track_running_stats=False")
@@ -233,8 +237,12 @@ class FrozenBatchNorm(_native.Prepared):
         >>> fastbn.FrozenBatchNorm.from_state_dict(state, "features.norm0.").running_var
         array([1., 1., 1.])
         """
+        _state.check_prefix(prefix)
         mean = state.get(prefix + "running_mean") if isinstance(state, Mapping) else None
-        channels = np.shape(mean)[0] if mean is not None and np.ndim(mean) == 1 else 0
+        try:
+            channels = np.shape(mean)[0] if mean is not None and np.ndim(mean) == 1 else 0
+        except ValueError:  # what is ragged has no shape; the checker says so
+            channels = 0
         arrays, _ = _state.check_state(
             state,
             _state.template(channels, np.float64, affine=True, track_running_stats=True),

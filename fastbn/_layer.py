@@ -490,6 +490,7 @@ class BatchNorm:
         >>> list(fastbn.BatchNorm(3, affine=False).state_dict())
         ['running_mean', 'running_var', 'num_batches_tracked']
         """
+        _state.check_prefix(prefix)
         with self._lock:
             return _state.StateDict({prefix + name: array.copy() for name, array in self._arrays().items()}, prefix)
 

@@ -107,6 +107,8 @@ class Moments:
 
         Raises
         ------
+        TypeError
+            If `ddof` is not a number.
         ValueError
             If `count` is not larger than `ddof`.
 
@@ -116,7 +118,11 @@ class Moments:
         >>> fastbn.Moments(4, [0.0], [8.0]).var()
         array([2.])
         """
-        if not self.count > ddof:
+        try:
+            enough = self.count > ddof
+        except TypeError:
+            raise TypeError(f"ddof must be a number, got {type(ddof).__name__}") from None
+        if not enough:
             raise ValueError(f"var(ddof={ddof}) needs a count above {ddof}, got {self.count}")
         return self.m2 / (self.count - ddof)
 

@@ -217,7 +217,7 @@ cdef fbn_act activation_of(object name, object negative_slope) except *:
 cdef double number(object value, str name) except? -1.0:
     if type(value) is float:
         return <double>value
-    if isinstance(value, (str, bytes)) or value is None:
+    if value is None or isinstance(value, (str, bytes)) or getattr(value, "shape", ()) != ():
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     try:
         return float(value)
@@ -641,7 +641,8 @@ cdef class _ParamBlock:
 cdef _ParamBlock params(Py_ssize_t channels, int slots):
     cdef _ParamBlock p = _ParamBlock.__new__(_ParamBlock)
     p.channels = channels
-    p.memory = <double *>malloc(<size_t>(channels * slots + 1) * sizeof(double))
+    if channels < 1 << 56:  # else what is multiplied here would overflow, as with a view of strides 0 it could
+        p.memory = <double *>malloc(<size_t>(channels * slots + 1) * sizeof(double))
     if p.memory == NULL:
         raise MemoryError(f"no memory for the parameters of {channels} channels")
     return p

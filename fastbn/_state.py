@@ -28,6 +28,7 @@ __all__ = [
     "as_integer",
     "as_number",
     "as_parameter",
+    "check_prefix",
     "check_state",
     "load",
     "plain",
@@ -125,6 +126,12 @@ def template(channels: int, dtype: DTypeLike, affine: bool, track_running_stats:
     return arrays
 
 
+def check_prefix(prefix: Any) -> None:
+    """Refuse a prefix that is not a str."""
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a str, got {type(prefix).__name__}")
+
+
 def check_state(
     state: Mapping[str, Any],
     expected: Mapping[str, _Array],
@@ -142,6 +149,7 @@ def check_state(
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"state must be a mapping of names to arrays, got {type(state).__name__}")
+    check_prefix(prefix)
     metadata = getattr(state, "_metadata", None)
     about = metadata.get(prefix.removesuffix(".")) if isinstance(metadata, Mapping) else None
     # The first version of PyTorch's keys, which is also what a plain dict is taken for, had no counter.
@@ -231,7 +239,7 @@ def save(file: _File, state: Mapping[str, ArrayLike], *, max_bytes: int = MAX_BY
     except (ValueError, struct.error) as error:  # struct.error: a name of more than 65535 bytes
         raise ValueError(f"state must be such that it can be loaded again: {error}") from error
     with _written(file) as target:
-        target.write(draft.getbuffer())
+        target.write(draft.getvalue())
 
 
 def load(file: _File, *, max_bytes: int = MAX_BYTES) -> dict[str, _Array]:

@@ -181,7 +181,10 @@ def set_num_threads(n: int | None) -> None:
     if n is None:
         CHOICE = choose()
         n = CHOICE.number
-    number = operator.index(n)
+    try:
+        number = operator.index(n)
+    except TypeError:
+        raise TypeError(f"the number of threads must be an integer or None, got {type(n).__name__}") from None
     if not 1 <= number <= MAX_THREADS:
         raise ValueError(f"the number of threads must be from 1 to {MAX_THREADS}, got {number}")
     _native.set_num_threads(number)

@@ -3,15 +3,19 @@
     python tests/mutate.py --list           the bugs, by row of docs/reliability.md
     python tests/mutate.py                  all of them: about an hour
     python tests/mutate.py 5 signals        those of a row, or of a name
+    python tests/mutate.py --some 3         three that are drawn; --seed repeats a draw
 
 Each bug is a few words replaced in one file. What it touches is built again, and the one test that must catch it is
-run, before the bug and after: it has to be green and then red. The exit status is 1 if a bug survives, if its words are
-no longer in the file, or if its test cannot run here. Needs what the tests need, and make and clang for `make` tests.
+run, before the bug and after: it has to be green, and then red for the reason that a test is red for. A test that
+cannot be collected or set up, or stumbles over a name, an import or the syntax, has caught nothing. The exit status is
+1 if a bug survives, if its words are no longer in the file, or if its test cannot run here. Needs what the tests need,
+and make and clang for `make` tests.
 """
 
 import argparse
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -27,7 +31,10 @@ PATIENCE, HANGS = 900, 124
 
 
 class Bug(NamedTuple):
-    """`old` becomes `new` in `file`; `test` is what pytest is told, or a command line of make in tests/c."""
+    """`old` becomes `new` in `file`; `test` is what pytest is told, or a command line of make in tests/c.
+
+    `sign` is how the test says what it found: the beginning of pytest's reason, or words in the output of make.
+    """
 
     row: int
     name: str
@@ -35,6 +42,7 @@ class Bug(NamedTuple):
     old: str
     new: str
     test: str
+    sign: str = r"AssertionError|assert |Failed: "
 
 
 TOKEN = "return !atomic_flag_test_and_set(&fbn_pool.taken);"
@@ -230,6 +238,7 @@ BUGS = [
         "static inline v_f32 v_load_part_f32(const float *p, int n)\n{\n",
         "static inline v_f32 v_load_part_f32(const float *p, int n)\n{\n    if (n > 3) return v_load_f32(p);\n",
         "make native THOROUGHNESS=1",
+        "^FAILED .*avx2 touches memory out of bounds",
     ),
     Bug(
         14,
@@ -238,6 +247,7 @@ BUGS = [
         TOKEN,
         "(void)atomic_flag_test_and_set(&fbn_pool.taken);\n    return true;",
         "make tsan TSAN_RUNS=2000",
+        "^WARNING: ThreadSanitizer: data race",
     ),
     Bug(
         15,
@@ -246,6 +256,7 @@ BUGS = [
         "(g->family == FBN_ROWS || t->channel_stride == 1) &&",
         "",
         "make fuzz FUZZ_SECONDS=30",
+        "ERROR: (AddressSanitizer|libFuzzer)",
     ),
     Bug(
         15,
@@ -254,6 +265,7 @@ BUGS = [
         "malloc((size_t)plane * 3 * sizeof(double))",
         "malloc((size_t)plane * 2 * sizeof(double))",
         "make fuzz FUZZ_SECONDS=30",
+        "ERROR: AddressSanitizer",
     ),
     Bug(
         16,
@@ -338,6 +350,32 @@ def planted(bug: Bug, root: Path) -> str:
     return text.replace(bug.old, bug.new)
 
 
+# What ends a test that has not looked at anything yet, here or in an interpreter of its own.
+STUMBLED = re.compile(r"\b(ImportError|ModuleNotFoundError|SyntaxError|IndentationError|NameError|AttributeError)\b")
+
+
+def found(bug: Bug, outcome: "Outcome") -> str:
+    """Say `caught` where the output tells that the test of a bug is red because of what it is there to find."""
+    words, *_ = bug.test.split()
+    if outcome.status == 0:
+        return "SURVIVED"
+    if words == "make":
+        return "caught" if re.search(bug.sign, outcome.output, re.MULTILINE) else "make fails, and not by the test"
+    node = re.escape(f"tests/{words}")
+    if outcome.status == HANGS:
+        # Under -v the name of a test is there before its result.
+        begun = re.search(rf"^{node}\S* *\Z", outcome.output.rstrip(), re.MULTILINE)
+        return "caught, for it hangs" if begun else "something hangs, and not the test"
+    if outcome.status < 0 and f"in {words.rpartition('::')[2]}" in outcome.output:
+        return "caught, for it crashes"
+    reasons = re.findall(rf"^FAILED {node}\S* - (.*)", outcome.output, re.MULTILINE)
+    if not reasons or re.search(r"^ERROR ", outcome.output, re.MULTILINE):
+        return "pytest fails, and not by the test"
+    if not re.match(bug.sign, reasons[0]) or STUMBLED.search(outcome.output):
+        return f"its test is red for another reason: {reasons[0]}"
+    return "caught"
+
+
 class Outcome(NamedTuple):
     status: int
     output: str
@@ -345,7 +383,8 @@ class Outcome(NamedTuple):
 
 def run(command: list[str], folder: Path) -> Outcome:
     """Run a command with `folder` first on the path, and end all that it started when it takes too long."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTBN_")} | {"PYTHONPATH": str(folder)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTBN_")}
+    environment |= {"PYTHONPATH": str(folder), "COLUMNS": "1000"}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -372,7 +411,7 @@ def test(bug: Bug, folder: Path) -> Outcome:
     tool, *words = bug.test.split()
     if tool == "make":
         return run(["make", "-s", "-C", "tests/c", "SEED=1", *words], folder)
-    return run([sys.executable, "-m", "pytest", "-x", "-q", f"tests/{tool}", *words], folder)
+    return run([sys.executable, "-m", "pytest", "-x", "-v", f"tests/{tool}", *words], folder)
 
 
 def verdict(bug: Bug, pristine: Path, greens: dict[str, bool]) -> str:
@@ -401,15 +440,22 @@ def verdict(bug: Bug, pristine: Path, greens: dict[str, bool]) -> str:
     if re.search(r"^make.*\.o\] Error", after.output, re.MULTILINE):
         print(after.output)
         return "it does not compile"
-    return {0: "SURVIVED", HANGS: "caught, for it hangs"}.get(after.status, "caught")
+    said = found(bug, after)
+    if not said.startswith("caught"):
+        print(after.output)
+    return said
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", nargs="*", help="rows or names (default: all)")
     parser.add_argument("--list", action="store_true", help="name the bugs and do nothing")
+    parser.add_argument("--some", type=int, metavar="N", help="N of them, drawn")
+    parser.add_argument("--seed", default="", help="what a draw depends on, such as a commit")
     arguments = parser.parse_args()
     bugs = [bug for bug in BUGS if not arguments.which or {str(bug.row), bug.name} & {*arguments.which}]
+    if arguments.some is not None:
+        bugs = random.Random(arguments.seed or None).sample(bugs, min(arguments.some, len(bugs)))
     if arguments.list or not bugs:
         for bug in bugs or BUGS:
             print(f"{bug.row:2}  {bug.name:26} {bug.file:20} {bug.test}")
@@ -420,6 +466,9 @@ def main() -> int:
         for name in filter(None, names.split("\0")):
             (pristine / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, pristine / name)
+        if (ROOT / "build").is_dir():  # what is built already and still fits need not be built again
+            for built_before in (ROOT / "build").glob("temp.*"):
+                shutil.copytree(built_before, pristine / "build" / built_before.name)
         built = build(pristine)
         if built.status != 0:
             print(built.output)

@@ -392,6 +392,49 @@ def test_a_gradient_that_its_dtype_cannot_hold_is_infinite():
     assert np.isinf(dbias).all()
 
 
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: fastbn.set_num_threads("2"), "number of threads must be an integer, got str"),
+        (lambda: fastbn.moments(tensor()).var(ddof="1"), "ddof must be a number, got str"),
+        (lambda: fastbn.FrozenBatchNorm.from_batch_norm(5), "bn must be a BatchNorm, got int"),
+        (lambda: fastbn.FrozenBatchNorm.from_state_dict({}, 5), "prefix must be a str, got int"),
+        (lambda: fastbn.FrozenBatchNorm.from_state_dict([]), "state must be a mapping of names to arrays, got list"),
+        (lambda: fastbn.FrozenBatchNorm.from_arrays(np.ma.ones(3), vector()), "mean must be .* got MaskedArray"),
+        (lambda: fastbn.BatchNorm(3).load_state_dict({}, prefix=5), "prefix must be a str, got int"),
+        (lambda: fastbn.BatchNorm(3).state_dict(None), "prefix must be a str, got NoneType"),
+        (lambda: fastbn.Moments(3, np.ma.ones(3), vector()), "mean must be .* got MaskedArray"),
+        (
+            lambda: fastbn.fold_linear(np.ma.ones((3, 3)), None, fastbn.BatchNorm(3)),
+            "weight must be .* got MaskedArray",
+        ),
+        (
+            lambda: fastbn.normalize(tensor(), vector(), vector(), eps=np.ones(1)),
+            "eps must be a real number, got ndarray",
+        ),
+        (lambda: setattr(fastbn.BatchNorm(3), "weight", np.ma.ones(3)), "weight must be .* got MaskedArray"),
+    ],
+)
+def test_a_wrong_argument_of_what_is_called_less(call, named):
+    with pytest.raises(TypeError, match=named):
+        call()
+
+
+def test_so_many_channels_that_their_bytes_overflow():
+    """A view of strides 0 may have them. Red with a size that is multiplied unseen: a crash."""
+    x = np.broadcast_to(np.float16(1), (1, 1 << 61))
+    vector = np.broadcast_to(np.float16(1), (1 << 61,))
+    for call in (
+        lambda: fastbn.normalize(x, vector, vector),
+        lambda: fastbn.batch_norm_forward(x, vector),
+        lambda: fastbn.backward_reduce(x, x, vector),
+        lambda: fastbn.FrozenBatchNorm.from_arrays(vector, vector),
+        lambda: fastbn._native.Prepared("float16", vector, vector, None, None, 1e-5, 1, None, 0.0),
+    ):
+        with pytest.raises((MemoryError, ValueError)):
+            call()
+
+
 @pytest.mark.parametrize("value", ["no", "a", None, [], np.nan, object(), np.ones(2), 1], ids=str)
 def test_flags_are_bools(value):
     x, mean, var = np.ones((4, 3), np.float32), np.zeros(3, np.float32), np.ones(3, np.float32)

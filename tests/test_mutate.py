@@ -26,3 +26,33 @@ def test_the_bug_can_be_planted(bug):
     text = Path(mutate.ROOT, "tests", file).read_text()
     for name in names:
         assert re.search(rf"^\s*(def|class) {name}\b", text, re.MULTILINE)
+
+
+RESULTS = {
+    "survived": ("assert True", "SURVIVED"),
+    "caught": ("assert 1 == 2", "caught"),
+    "no error": ("with pytest.raises(ValueError): pass", "caught"),
+    "crash": ("os.kill(os.getpid(), 11)", "caught, for it crashes"),
+    "import": ("import nothing_of_this_name", "its test is red for another reason: ModuleNotFoundError"),
+    "child": ("raise AssertionError('exit status 1: NameError: name x')", "its test is red for another reason"),
+    "fixture": ("nothing", "pytest fails, and not by the test"),
+    "collection": (")", "pytest fails, and not by the test"),
+    "gone": (None, "pytest fails, and not by the test"),
+}
+
+
+@pytest.mark.parametrize("case", RESULTS)
+def test_a_bug_is_caught_by_what_its_test_finds(case, tmp_path):
+    """Red when any failure counts as a bug that was caught."""
+    body, said = RESULTS[case]
+    (tmp_path / "tests").mkdir()
+    lines = ["import os", "import pytest", f"def test_it({body if case == 'fixture' else ''}):", f"    {body}"]
+    (tmp_path / "tests/test_it.py").write_text("\n".join(lines if body else lines[:2]))
+    bug = mutate.Bug(0, case, "", "", "", "test_it.py::test_it")
+    assert mutate.found(bug, mutate.test(bug, tmp_path)).startswith(said)
+
+
+def test_make_fails_by_its_test_or_otherwise():
+    bug = mutate.Bug(0, "", "", "", "", "make tsan", "^WARNING: ThreadSanitizer: data race")
+    assert mutate.found(bug, mutate.Outcome(2, "x\nWARNING: ThreadSanitizer: data race (1)\n")) == "caught"
+    assert mutate.found(bug, mutate.Outcome(2, "make: *** no rule")) == "make fails, and not by the test"

@@ -126,16 +126,16 @@ static void check_ties(const format *type, const tier *const *tiers, int count)
     }
 }
 
-void check_halves(const tier *const *tiers, int count, uint64_t seed)
+void check_halves(const tier *const *tiers, int count, uint64_t seed, int thoroughness)
 {
-    enum { SAMPLE = 1 << 24, OF_WHICH_INDEPENDENTLY = 16 };
+    enum { SAMPLE = 1 << 22, OF_WHICH_INDEPENDENTLY = 16 };
     rng r = {seed};
     for (size_t f = 0; f < sizeof formats / sizeof *formats; f++) {
         for (int t = 0; t < count; t++) {
             check_from(&formats[f], tiers[t]);
         }
         check_ties(&formats[f], tiers, count);
-        for (int i = 0; i < SAMPLE / 16; i++) {
+        for (int i = 0; i < SAMPLE / 16 * thoroughness; i++) {
             uint32_t floats[16];
             for (int k = 0; k < 16; k += 2) {
                 uint64_t two = rng_next(&r);

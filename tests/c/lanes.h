@@ -18,6 +18,6 @@ typedef struct {
 extern const tier tier_scalar, tier_avx2, tier_avx512, tier_neon;
 
 /* halves.c: conversions of both types in every tier. */
-void check_halves(const tier *const *tiers, int count, uint64_t seed);
+void check_halves(const tier *const *tiers, int count, uint64_t seed, int thoroughness);
 
 #endif
