@@ -395,7 +395,7 @@ def test_a_gradient_that_its_dtype_cannot_hold_is_infinite():
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda: fastbn.set_num_threads("2"), "number of threads must be an integer, got str"),
+        (lambda: fastbn.set_num_threads("2"), "number of threads must be an integer or None, got str"),
         (lambda: fastbn.moments(tensor()).var(ddof="1"), "ddof must be a number, got str"),
         (lambda: fastbn.FrozenBatchNorm.from_batch_norm(5), "bn must be a BatchNorm, got int"),
         (lambda: fastbn.FrozenBatchNorm.from_state_dict({}, 5), "prefix must be a str, got int"),
