@@ -40,9 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", nargs="+", type=_threads, metavar="N", help="thread counts, or all")
     out = "where a call can do either, write into out=, or into fresh memory; or over x, which is NCHW then"
     parser.add_argument("--out", choices=OUT, help=out)
-    ratio = (
-        "measure against each other what differs in this alone, and show ratios to the first; or to the fastest peer"
-    )
+    ratio = "measure what differs in this alone against each other: ratios to the first, or to the fastest peer"
     parser.add_argument("--ratio", choices=[*AXES, "out", "peers"], help=ratio)
     parser.add_argument("--seconds", type=float, default=0.4, help="for each group (default: %(default)s)")
 
