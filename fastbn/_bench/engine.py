@@ -28,7 +28,7 @@ BATCH_SECONDS = 2e-4
 # A thread that sleeps on a virtual machine takes some 0.1 ms to come, and then a while to meet its caches again.
 WARM_SECONDS = 1.5e-3
 # A call that takes this long does not care what was before.
-LONG_SECONDS = 0.1
+LONG_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
