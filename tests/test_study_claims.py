@@ -63,6 +63,16 @@ SUPPORT = {
         "both": ends_at(0.01, 0, 0.09, 0.03),
     },
 }
+SUPPORT["whitening"] = {
+    "at": [0, 10, 50, 100],
+    "raw": {"correlation": [0.2], "condition": [1e6], "loss": [[2.3, 2.0, 1.0, 0.2]]},
+    "standard": {"correlation": [0.2], "condition": [300], "loss": [[2.3, 1.0, 0.2, 0.1]]},
+    "pca": {"likeness": [0.01]},
+    "zca": {"correlation": [0.02], "condition": [24], "likeness": [0.8], "loss": [[2.3, 0.2, 0.1, 0.01]]},
+    "rank": [53],
+    "features": [61],
+    "cost": {"time": [7, 400]},
+}
 
 
 def changed(numbers, **paths):
@@ -94,6 +104,15 @@ CONTRARY = [
     ("drift", {"alone__full__bias": [[0, 1, 2]]}, [2]),
     ("drift", {"all__full__bias": [[0, 1, 1]]}, [3]),
     ("drift", {"all__full__loss": [[2.3, 0.2, 0.2]]}, [4]),
+    ("whitening", {"standard__correlation": [0.1]}, [0]),
+    ("whitening", {"zca__correlation": [0.2]}, [1]),
+    ("whitening", {"raw__condition": [200]}, [2]),
+    ("whitening", {"zca__condition": [300]}, [3]),
+    ("whitening", {"raw__loss": [[2.3, 1.0, 0.2, 0.1]]}, [4]),
+    ("whitening", {"zca__loss": [[2.3, 1.0, 0.2, 0.1]]}, [5]),
+    ("whitening", {"zca__likeness": [0.0]}, [6]),
+    ("whitening", {"rank": [61]}, [7]),
+    ("whitening", {"cost": {"time": [7, 0.9]}}, [8]),
     ("regularization", {"norm": ends_at(0.01, 0, 0.3, 0.03)}, [0, 2, 3]),
     ("regularization", {"norm__test_error": [[0.9, 0.05, 0.05]]}, [1]),
     ("regularization", {"dropout": ends_at(0.01, 0, 0.15, 0.04)}, [2]),
