@@ -364,11 +364,11 @@ def found(bug: Bug, outcome: "Outcome") -> str:
     node = re.escape(f"tests/{words}")
     if outcome.status == HANGS:
         # Under -v the name of a test is there before its result.
-        begun = re.search(rf"^{node}\S* *\Z", outcome.output.rstrip(), re.MULTILINE)
+        begun = re.match(rf"{node}(?!.*(PASSED|FAILED|SKIPPED))", outcome.output.rstrip().rpartition("\n")[2])
         return "caught, for it hangs" if begun else "something hangs, and not the test"
     if outcome.status < 0 and f"in {words.rpartition('::')[2]}" in outcome.output:
         return "caught, for it crashes"
-    reasons = re.findall(rf"^FAILED {node}\S* - (.*)", outcome.output, re.MULTILINE)
+    reasons = re.findall(rf"^FAILED {node}(?:::\w+)*(?:\[.*\])? - (.*)", outcome.output, re.MULTILINE)
     if not reasons or re.search(r"^ERROR ", outcome.output, re.MULTILINE):
         return "pytest fails, and not by the test"
     if not re.match(bug.sign, reasons[0]) or STUMBLED.search(outcome.output):
@@ -384,7 +384,7 @@ class Outcome(NamedTuple):
 def run(command: list[str], folder: Path) -> Outcome:
     """Run a command with `folder` first on the path, and end all that it started when it takes too long."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTBN_")}
-    environment |= {"PYTHONPATH": str(folder), "COLUMNS": "1000"}
+    environment |= {"PYTHONPATH": str(folder), "COLUMNS": "300"}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True

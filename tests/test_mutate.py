@@ -46,10 +46,22 @@ def test_a_bug_is_caught_by_what_its_test_finds(case, tmp_path):
     """Red when any failure counts as a bug that was caught."""
     body, said = RESULTS[case]
     (tmp_path / "tests").mkdir()
-    lines = ["import os", "import pytest", f"def test_it({body if case == 'fixture' else ''}):", f"    {body}"]
-    (tmp_path / "tests/test_it.py").write_text("\n".join(lines if body else lines[:2]))
+    lines = [
+        "import os, pytest",
+        "@pytest.mark.parametrize('n', ['in words - of its own'])",
+        f"def test_it(n{', nothing' if case == 'fixture' else ''}):",
+        f"    {body}",
+    ]
+    (tmp_path / "tests/test_it.py").write_text("\n".join(lines if body else lines[:1]))
     bug = mutate.Bug(0, case, "", "", "", "test_it.py::test_it")
     assert mutate.found(bug, mutate.test(bug, tmp_path)).startswith(said)
+
+
+@pytest.mark.parametrize(("last", "said"), [("", "caught, for it hangs"), (" PASSED [ 50%]", "something hangs")])
+def test_what_hangs_is_the_test_or_something_else(last, said):
+    bug = mutate.Bug(0, "", "", "", "", "test_it.py::test_it")
+    output = f"collected 2 items\n\ntests/test_it.py::test_it[in words]{last}\n"
+    assert mutate.found(bug, mutate.Outcome(mutate.HANGS, output)).startswith(said)
 
 
 def test_make_fails_by_its_test_or_otherwise():
