@@ -423,7 +423,7 @@ static void fuzz_collapse(source *s)
     memset(found, 0, sizeof found);
     for (int64_t e = 0; e < elements; e++) {
         int64_t rest = e;
-        intptr_t index[MOST_DIMS];
+        intptr_t index[MOST_DIMS] = {0};
         for (int d = 0; d < ndim; d++) {
             index[d] = rest % shape[d];
             rest /= shape[d];
