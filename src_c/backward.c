@@ -101,7 +101,7 @@ fbn_status fbn_backward_reduce(const fbn_geometry *g, fbn_tensor x, fbn_tensor d
         !fbn_backward_ready(&b, g, x, dy, affine, gate, act, FBN_PLAN_REDUCE, threads)) {
         return FBN_BAD_ARGUMENT;
     }
-    fbn_status status = fbn_work_begin(&b.work, true);
+    fbn_status status = fbn_work_begin(&b.work, FBN_NEEDS_SUMS | FBN_NEEDS_COEFS);
     if (status == FBN_OK) {
         fbn_backward_reduce_all(&b);
         fbn_work_end(&b.work);
@@ -122,7 +122,7 @@ fbn_status fbn_backward_apply(const fbn_geometry *g, fbn_tensor x, fbn_tensor dy
         !fbn_backward_ready(&b, g, x, dy, affine, gate, act, FBN_PLAN_APPLY, threads)) {
         return FBN_BAD_ARGUMENT;
     }
-    fbn_status status = fbn_work_begin(&b.work, false);
+    fbn_status status = fbn_work_begin(&b.work, FBN_NEEDS_COEFS);
     if (status == FBN_OK) {
         fbn_backward_apply_all(&b);
         fbn_work_end(&b.work);
@@ -144,7 +144,7 @@ fbn_status fbn_backward(const fbn_geometry *g, fbn_tensor x, fbn_tensor dy, fbn_
         return FBN_BAD_ARGUMENT;
     }
     b.sums = (fbn_backward_sums){sum_dy, sum_dy_xmu, training ? (double)(g->outer * g->inner) : 0.0};
-    fbn_status status = fbn_work_begin(&b.work, true);
+    fbn_status status = fbn_work_begin(&b.work, FBN_NEEDS_SUMS | FBN_NEEDS_COEFS);
     if (status != FBN_OK) {
         return status;
     }

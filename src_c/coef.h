@@ -10,17 +10,13 @@ typedef struct {
     fbn_dtype dtype;
     int64_t width;
     bool uniform; /* every unit is 1, as far as this copy of the struct has filled */
-    void *memory;
+    char *memory; /* somebody else's; begins with a cache line */
 } fbn_coefs;
 
-/* The sums of a backward, where there are some. */
-typedef struct {
-    const double *sum_dy, *sum_dy_xmu;
-    double count;
-} fbn_backward_sums;
-
-bool fbn_coefs_alloc(fbn_coefs *c, fbn_dtype dtype, int64_t width);
-void fbn_coefs_free(fbn_coefs *c);
+/* Bytes for coefficients of `width` < FBN_WIDEST elements; and coefficients in so much memory. */
+#define FBN_WIDEST (INT64_MAX / 128)
+int64_t fbn_coefs_bytes(fbn_dtype dtype, int64_t width);
+void fbn_coefs_place(fbn_coefs *c, fbn_dtype dtype, int64_t width, void *memory);
 
 /* Computes channels [first, last). batch: the statistics are those of the tensor itself. sums may be NULL. */
 void fbn_coefs_fill(fbn_coefs *c, const fbn_affine *affine, bool batch, const fbn_backward_sums *sums, int64_t first,

@@ -2,13 +2,10 @@
 #include "parallel.h"
 #include "pass.h"
 
-#include <stdlib.h>
-
 typedef struct {
     fbn_work work;
     fbn_affine affine;
     fbn_moments *out;
-    double *var;
 } fbn_forward_call;
 
 /* From combined partials to coefficients. */
@@ -20,7 +17,7 @@ static void fbn_forward_settle(fbn_forward_call *f, fbn_coefs *coefs, int64_t fi
         f->out->mean[c] = p->a[c];
         f->out->mean_lo[c] = p->b[c];
         f->out->m2[c] = p->c[c];
-        f->var[c] = p->c[c] / (double)f->out->count;
+        p->c[c] /= (double)f->out->count; /* the variance, which affine.var points to */
     }
     fbn_coefs_fill(coefs, &f->affine, true, NULL, first, last);
 }
@@ -64,21 +61,16 @@ fbn_status fbn_forward(const fbn_geometry *g, fbn_tensor x, const fbn_tensor *re
         out->mean_lo == NULL || out->m2 == NULL || !fbn_pass_ready(&f.work.pass, g, act, FBN_PLAN_FORWARD, threads)) {
         return FBN_BAD_ARGUMENT;
     }
-    fbn_status status = fbn_work_begin(&f.work, true);
+    fbn_status status = fbn_work_begin(&f.work, FBN_NEEDS_SUMS | FBN_NEEDS_COEFS);
     if (status != FBN_OK) {
         return status;
-    }
-    f.var = malloc((size_t)g->channels * sizeof(double));
-    if (f.var == NULL) {
-        fbn_work_end(&f.work);
-        return FBN_NO_MEMORY;
     }
     out->count = g->outer * g->inner;
     f.out = out;
     f.affine = *affine;
     f.affine.mean = out->mean;
     f.affine.mean_lo = out->mean_lo;
-    f.affine.var = f.var;
+    f.affine.var = f.work.partials.c;
     int team = f.work.pass.plan.team;
     if (f.work.pass.plan.slab > 0) {
         fbn_parallel(team, fbn_forward_slabs, &f);
@@ -87,7 +79,6 @@ fbn_status fbn_forward(const fbn_geometry *g, fbn_tensor x, const fbn_tensor *re
         fbn_forward_settle(&f, &f.work.coefs, 0, g->channels);
         fbn_parallel(team, fbn_forward_apply, &f);
     }
-    free(f.var);
     fbn_work_end(&f.work);
     return FBN_OK;
 }

@@ -15,7 +15,7 @@ fbn_status fbn_moments_of(const fbn_geometry *g, fbn_tensor x, int threads, fbn_
         !fbn_pass_ready(&w.pass, g, (fbn_act){FBN_IDENTITY, 0.0}, FBN_PLAN_MOMENTS, threads)) {
         return FBN_BAD_ARGUMENT;
     }
-    fbn_status status = fbn_work_begin(&w, true);
+    fbn_status status = fbn_work_begin(&w, FBN_NEEDS_SUMS);
     if (status == FBN_OK) {
         fbn_parallel(w.pass.plan.team, fbn_moments_task, &w);
         fbn_combine(&w.pass, &w.partials, 0, g->channels);

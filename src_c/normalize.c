@@ -16,23 +16,18 @@ fbn_status fbn_prepare(fbn_dtype dtype, int64_t channels, const fbn_affine *affi
         affine->var == NULL || out == NULL) {
         return FBN_BAD_ARGUMENT;
     }
-    fbn_prepared *p = malloc(sizeof *p);
-    if (p == NULL || !fbn_coefs_alloc(&p->coefs, dtype, channels)) {
-        free(p);
+    fbn_prepared *p =
+        channels < FBN_WIDEST ? malloc(sizeof *p + FBN_LINE + (size_t)fbn_coefs_bytes(dtype, channels)) : NULL;
+    if (p == NULL) {
         return FBN_NO_MEMORY;
     }
+    fbn_coefs_place(&p->coefs, dtype, channels, fbn_to_line(p + 1));
     fbn_coefs_fill(&p->coefs, affine, false, NULL, 0, channels);
     *out = p;
     return FBN_OK;
 }
 
-void fbn_release(fbn_prepared *prepared)
-{
-    if (prepared != NULL) {
-        fbn_coefs_free(&prepared->coefs);
-        free(prepared);
-    }
-}
+void fbn_release(fbn_prepared *prepared) { free(prepared); }
 
 typedef struct {
     fbn_work work;
@@ -58,7 +53,7 @@ fbn_status fbn_apply(const fbn_geometry *g, fbn_tensor x, const fbn_tensor *resi
         return FBN_BAD_ARGUMENT;
     }
     n.coefs = &prepared->coefs;
-    fbn_status status = fbn_rooms_begin(&n.work, false);
+    fbn_status status = fbn_work_begin(&n.work, FBN_NEEDS_NOTHING);
     if (status == FBN_OK) {
         fbn_parallel(n.work.pass.plan.team, fbn_normalize_task, &n);
         fbn_work_end(&n.work);

@@ -84,28 +84,6 @@ static int64_t fbn_strips(const fbn_pass *pass)
     return g->family == FBN_ROWS ? fbn_blocks_rows(g->outer, g->inner).strips : fbn_strips_cols(g->outer);
 }
 
-bool fbn_partials_alloc(fbn_partials *p, const fbn_pass *pass)
-{
-    int64_t channels = pass->g.channels;
-    p->strips = fbn_strips(pass);
-    p->memory = NULL;
-    if (channels > INT64_MAX / 64 / p->strips || (uint64_t)(channels * p->strips) > SIZE_MAX / 64) {
-        return false;
-    }
-    int64_t plane = channels * p->strips;
-    p->memory = malloc((size_t)plane * 3 * sizeof(double));
-    p->a = p->memory;
-    p->b = p->memory + plane;
-    p->c = p->memory + 2 * plane;
-    return p->memory != NULL;
-}
-
-void fbn_partials_free(fbn_partials *p)
-{
-    free(p->memory);
-    p->memory = NULL;
-}
-
 /* Elements of a channel in strips [from, to). */
 static double fbn_strips_count(const fbn_pass *pass, const fbn_blocks *b, int64_t strips, int64_t from, int64_t to)
 {
@@ -426,53 +404,80 @@ void fbn_apply_pass(const fbn_pass *pass, const fbn_coefs *coefs, fbn_room *room
 
 /* ---- the memory of a call ---- */
 
-static int64_t fbn_tile_room(const fbn_pass *pass, bool reduces)
+/* A call asks for memory once: everything is laid out twice, first in no memory, to learn how much it takes. */
+typedef struct {
+    char *memory;
+    uint64_t used;
+} fbn_arena;
+
+static void *fbn_deal(fbn_arena *a, int64_t bytes)
 {
-    bool columns = pass->g.family == FBN_COLS || fbn_by_planes(pass);
-    return reduces && columns ? fbn_tile_bytes(fbn_columns_chunk(pass) * pass->g.inner) : 0;
+    char *p = a->memory == NULL ? NULL : a->memory + a->used;
+    a->used += (uint64_t)fbn_ceil_div(bytes, FBN_LINE) * FBN_LINE;
+    return p;
 }
 
-fbn_status fbn_rooms_begin(fbn_work *w, bool reduces)
+static void fbn_deal_coefs(fbn_arena *a, fbn_coefs *c, fbn_dtype dtype, int64_t width)
 {
-    int team = w->pass.plan.team;
-    int64_t width = fbn_panel_width(&w->pass);
-    int64_t tile = fbn_tile_room(&w->pass, reduces);
-    w->rooms = team == 1 ? &w->one : calloc((size_t)team, sizeof *w->rooms);
-    bool ok = true;
-    for (int i = 0; ok && w->rooms != NULL && i < team; i++) {
-        fbn_room *room = &w->rooms[i];
-        room->tile = tile == 0 ? NULL : malloc((size_t)tile);
-        ok = (tile == 0 || room->tile != NULL) && (width == 0 || fbn_coefs_alloc(&room->panel, w->pass.g.dtype, width));
+    void *p = fbn_deal(a, fbn_coefs_bytes(dtype, width));
+    if (p != NULL) {
+        fbn_coefs_place(c, dtype, width, p);
     }
-    if (!ok || w->rooms == NULL) {
-        fbn_work_end(w);
+}
+
+static void fbn_lay_out(fbn_work *w, int needs, fbn_arena *a)
+{
+    const fbn_pass *pass = &w->pass;
+    const int team = pass->plan.team;
+    const bool sums = (needs & FBN_NEEDS_SUMS) != 0;
+    const bool columns = pass->g.family == FBN_COLS || fbn_by_planes(pass);
+    const int64_t panel = fbn_panel_width(pass);
+    if (sums) {
+        int64_t bytes = pass->g.channels * w->partials.strips * (int64_t)sizeof(double);
+        w->partials.a = fbn_deal(a, bytes);
+        w->partials.b = fbn_deal(a, bytes);
+        w->partials.c = fbn_deal(a, bytes);
+    }
+    if ((needs & FBN_NEEDS_COEFS) != 0) {
+        fbn_deal_coefs(a, &w->coefs, pass->g.dtype, pass->g.channels);
+    }
+    w->rooms = team == 1 ? &w->one : fbn_deal(a, team * (int64_t)sizeof *w->rooms);
+    for (int i = 0; i < team; i++) {
+        fbn_room *room = w->rooms == NULL ? &w->one : &w->rooms[i];
+        *room = (fbn_room){0};
+        if (sums && columns) {
+            room->tile = fbn_deal(a, fbn_tile_bytes(fbn_columns_chunk(pass) * pass->g.inner));
+        }
+        if (panel > 0) {
+            fbn_deal_coefs(a, &room->panel, pass->g.dtype, panel);
+        }
+    }
+}
+
+fbn_status fbn_work_begin(fbn_work *w, int needs)
+{
+    fbn_arena count = {0};
+    w->partials.strips = fbn_strips(&w->pass);
+    if (w->pass.g.channels >= FBN_WIDEST / w->partials.strips) {
         return FBN_NO_MEMORY;
     }
+    fbn_lay_out(w, needs, &count);
+    if (count.used == 0) {
+        return FBN_OK;
+    }
+    if (count.used > SIZE_MAX - FBN_LINE) {
+        return FBN_NO_MEMORY;
+    }
+    w->memory = malloc((size_t)count.used + FBN_LINE);
+    if (w->memory == NULL) {
+        return FBN_NO_MEMORY;
+    }
+    fbn_arena memory = {.memory = fbn_to_line(w->memory)};
+    fbn_lay_out(w, needs, &memory);
     return FBN_OK;
 }
 
-fbn_status fbn_work_begin(fbn_work *w, bool reduces)
-{
-    if ((reduces && !fbn_partials_alloc(&w->partials, &w->pass)) ||
-        !fbn_coefs_alloc(&w->coefs, w->pass.g.dtype, w->pass.g.channels)) {
-        fbn_work_end(w);
-        return FBN_NO_MEMORY;
-    }
-    return fbn_rooms_begin(w, reduces);
-}
-
-void fbn_work_end(fbn_work *w)
-{
-    for (int i = 0; w->rooms != NULL && i < w->pass.plan.team; i++) {
-        free(w->rooms[i].tile);
-        fbn_coefs_free(&w->rooms[i].panel);
-    }
-    if (w->rooms != &w->one) {
-        free(w->rooms);
-    }
-    fbn_coefs_free(&w->coefs);
-    fbn_partials_free(&w->partials);
-}
+void fbn_work_end(fbn_work *w) { free(w->memory); }
 
 void fbn_each_slab(const fbn_work *w, int tid, int team, fbn_slab_step step, void *context)
 {

@@ -21,14 +21,10 @@ typedef struct {
  * different threads may reduce, combined in their order whoever did them. */
 typedef struct {
     int64_t strips;
-    double *memory;
     double *a, *b, *c; /* mean, lo, m2; or sum_dy, sum_dy_xmu, unused: [strip][channel] */
 } fbn_partials;
 
 int64_t fbn_gate_words(const fbn_geometry *g); /* of one row (rows: of one run) */
-
-bool fbn_partials_alloc(fbn_partials *p, const fbn_pass *pass);
-void fbn_partials_free(fbn_partials *p);
 
 /* What one thread works in. */
 typedef struct {
@@ -54,12 +50,13 @@ typedef struct {
     fbn_partials partials;
     fbn_coefs coefs;
     fbn_room *rooms; /* one a thread */
-    fbn_room one;    /* spares a small call the allocation */
+    fbn_room one;    /* where there is one thread */
+    void *memory;    /* of all of these */
 } fbn_work;
 
-/* A work that begins zeroed but for its pass. On failure nothing is left to free. */
-fbn_status fbn_rooms_begin(fbn_work *w, bool reduces);
-fbn_status fbn_work_begin(fbn_work *w, bool reduces);
+/* For a work that is zeroed but for its pass. On failure nothing is left to free. */
+enum { FBN_NEEDS_NOTHING = 0, FBN_NEEDS_SUMS = 1, FBN_NEEDS_COEFS = 2 };
+fbn_status fbn_work_begin(fbn_work *w, int needs);
 void fbn_work_end(fbn_work *w);
 
 /* Calls step for every slab of this thread's share; see fbn_apply_pass for ahead. */

@@ -23,6 +23,15 @@ typedef struct {
     const void *unit, *neg_mean, *scale, *shift, *slope, *gain, *offset;
 } fbn_coef;
 
+/* The order of the seven arrays where they lie in one block of memory. The first four are all that a forward needs. */
+enum { FBN_UNIT, FBN_NEG_MEAN, FBN_SCALE, FBN_SHIFT, FBN_SLOPE, FBN_GAIN, FBN_OFFSET, FBN_COEF_COUNT };
+
+/* The sums of a backward, where there are some. */
+typedef struct {
+    const double *sum_dy, *sum_dy_xmu;
+    double count;
+} fbn_backward_sums;
+
 /* An activation passes z in (0, upper), is constant above, and multiplies by `negative` below. */
 typedef struct {
     int kind; /* fbn_activation */
@@ -82,6 +91,10 @@ static inline int64_t fbn_tile_bytes(int64_t columns)
     /* dx = (dz + (x - mean) * slope) * gain + offset */                                                               \
     OP(backward_apply_rows, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                \
     OP(backward_apply_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                \
+    /* The coefficients of channels [first, last), as arrays `step` elements apart, those of a backward too if there   \
+     * are sums. batch: the statistics are those of the tensor itself. uniform: whether every unit is 1. */                      \
+    OP(coefs, (const fbn_affine *affine, int batch, const fbn_backward_sums *sums, int64_t first, int64_t last,        \
+               void *out, int64_t step, int *uniform))                                                                 \
     /* bytes past the cache; both aligned to 64, bytes a multiple of 64 */                                             \
     OP(copy, (const void *src, void *dst, int64_t bytes))                                                              \
     /* makes streamed stores visible to other threads */                                                               \

@@ -193,7 +193,7 @@ static int64_t output_difference(const output *o, bool nans_alike)
 
 /* ---- calls ---- */
 
-typedef enum { MOMENTS, SUMS, APPLIES, COPIES, NOTHING } shape;
+typedef enum { MOMENTS, SUMS, APPLIES, COEFS, COPIES, NOTHING } shape;
 
 typedef struct operation operation;
 
@@ -211,6 +211,8 @@ typedef struct {
     int64_t channels, inner; /* where columns are the elements of planes; else inner is 0 */
     const double *mean;
     double *stats[3];
+    fbn_affine affine;
+    fbn_backward_sums sums;
     int in_place;
     matrix x, other, gate, coefs[7], means, tile;
     output outputs[OUTPUTS];
@@ -246,6 +248,13 @@ RUN(backward_reduce_rows, &c->span, &c->coef, c->rule, c->outer, &c->blocks, c->
 RUN(backward_reduce_cols, &c->span, &c->coef, c->rule, c->inner, c->mean, c->tile.data, c->stats[0], c->stats[1])
 RUN(backward_apply_rows, &c->span, &c->coef, c->rule)
 RUN(backward_apply_cols, &c->span, &c->coef, c->rule)
+static void run_coefs(const fbn_kernels *k, const call *c)
+{
+    int uniform = 2;
+    const fbn_backward_sums *sums = c->sums.sum_dy == NULL ? NULL : &c->sums;
+    k->coefs(&c->affine, c->in_place, sums, c->first, c->last, c->span.y, c->span.y_stride, &uniform);
+    *c->stats[0] = uniform;
+}
 RUN(copy, c->span.x, c->span.y, c->span.width *(int64_t)size_of((int)c->dtype))
 RUN(fence)
 
@@ -258,6 +267,7 @@ RUN(fence)
 #define IS_backward_reduce_cols false, SUMS, true, MAYBE_PLANES
 #define IS_backward_apply_rows true, APPLIES, true, NO_PLANES
 #define IS_backward_apply_cols false, APPLIES, true, NO_PLANES
+#define IS_coefs false, COEFS, false, NO_PLANES
 #define IS_copy true, COPIES, false, NO_PLANES
 #define IS_fence true, NOTHING, false, NO_PLANES
 
@@ -387,6 +397,36 @@ static void draw_copy(call *c, int64_t width, rng *r)
     output_add(c, y, false);
 }
 
+/* From some channel on, the first four arrays or all seven. */
+static void draw_coefs_call(call *c, int64_t channels, rng *r)
+{
+    const double *given[7];
+    for (int i = 0; i < 7; i++) {
+        c->coefs[i] = matrix_make(&the_memory.coefs[i], FBN_F64, 1, channels, 0, c->where, r);
+        matrix_fill(&c->coefs[i], rng_one_in(r, 2) ? PLAIN : c->kind, r);
+        given[i] = i > 1 && i < 5 && rng_one_in(r, 4) ? NULL : (const double *)(const void *)c->coefs[i].data;
+    }
+    for (char *p = c->coefs[1].low; p < c->coefs[1].high; p += sizeof(double)) {
+        p[7] &= 0x7f; /* a variance is not negative */
+    }
+    c->affine = (fbn_affine){given[0], given[2], given[1], given[3], given[4], rng_one_in(r, 4) ? 0.0 : 1e-5};
+    c->sums = (fbn_backward_sums){given[5], given[6], rng_one_in(r, 4) ? 0.0 : (double)rng_between(r, 1, 1000)};
+    if (rng_one_in(r, 2)) {
+        c->sums.sum_dy = NULL;
+    }
+    c->last = channels;
+    c->first = channels == 0 || rng_one_in(r, 2) ? 0 : rng_below(r, channels);
+    c->in_place = (int)rng_below(r, 2); /* the statistics' place: the tensor itself, or not */
+    int type = c->dtype == FBN_F64 ? FBN_F64 : FBN_F32;
+    matrix out = matrix_make(&the_memory.y, type, c->sums.sum_dy == NULL ? 4 : 7, channels, channels + rng_below(r, 50),
+                             c->where, r);
+    c->span = (fbn_span){.y = out.data, .y_stride = out.stride, .width = channels};
+    output_add(c, out, false);
+    matrix uniform = matrix_make(&the_memory.stats[0], FBN_F64, 1, 1, 0, c->where, r);
+    c->stats[0] = (double *)(void *)uniform.data;
+    output_add(c, uniform, false);
+}
+
 static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t width, place where, rng *r)
 {
     int type = (int)dtype;
@@ -401,6 +441,10 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
     c->outer = c->first = c->last = c->inner = 0;
     c->rule = (fbn_gate_rule){(int)rng_below(r, FBN_ACTIVATION_COUNT), 6.0, rng_one_in(r, 4) ? rng_unit(r) : 0.01};
     if (op->shape == NOTHING) {
+        return;
+    }
+    if (op->shape == COEFS) {
+        draw_coefs_call(c, width, r);
         return;
     }
     if (op->shape == COPIES) {
@@ -515,6 +559,8 @@ static bool run(const call *c, const tier *t)
 static void compare_tiers(call *c)
 {
     char text[512];
+    /* Products of two NaNs are the compiler's choice, too. */
+    const bool nans_alike = c->kind == PAYLOADS || c->op->shape == COEFS;
     describe(c, text, sizeof text);
     if (!check(run(c, tiers[0]), "%s: scalar touches memory out of bounds", text)) {
         return;
@@ -523,7 +569,7 @@ static void compare_tiers(call *c)
         output *o = &c->outputs[i];
         check(output_surroundings_kept(o), "%s: scalar writes outside output %d", text, i);
         memcpy(o->reference, o->begin, (size_t)(o->end - o->begin));
-        if (c->kind == PAYLOADS) {
+        if (nans_alike) {
             make_nans_alike(o, o->reference);
         }
     }
@@ -538,7 +584,7 @@ static void compare_tiers(call *c)
         }
         for (int i = 0; i < c->output_count; i++) {
             const output *o = &c->outputs[i];
-            int64_t at = output_difference(o, c->kind == PAYLOADS);
+            int64_t at = output_difference(o, nans_alike);
             check(at < 0, "%s: %s differs in output %d, element %lld of those watched, which begin %lld before row 0",
                   text, name, i, (long long)at, (long long)((o->m.data - o->begin) / (ptrdiff_t)size_of(o->m.type)));
         }
