@@ -9,7 +9,6 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping
-from itertools import starmap
 from typing import IO, Any, Self
 
 import numpy as np
@@ -299,26 +298,18 @@ class BatchNorm:
             )  # fmt: skip
         elif self.track_running_stats:
             with self._lock:
-                before = self._tracked
-                count = before + 1
                 momentum = self.momentum
                 if momentum is None:
-                    momentum = 1.0 / count
+                    momentum = 1.0 / (self._tracked + 1)
                 if self._on_nonfinite == "raise":
                     self._refuse_nonfinite(x)
-                skipped = self.num_batches_skipped + 1
-                # An interpreter handles a signal after a call of its own. Here it is starmap that calls, so no signal
-                # comes between the change of the running statistics and that of the counter; nor is there anything
-                # between them that takes memory.
-                ((y, saved),) = starmap(_native.forward_train, ((
+                # It counts, too, in `_tracked` or `num_batches_skipped`: here a signal handler, which may save the
+                # layer, could come between the change of the running statistics and that of the counter.
+                y, saved = _native.forward_train(
                     x, self._running_mean, self._running_var, self._weight, self._bias, momentum, self.eps,
                     self.channel_axis, self.activation, self.negative_slope, residual, out,
-                    self._on_nonfinite != "propagate",
-                ),))  # fmt: skip
-                if saved.moved:  # where a signal handler has trained the layer meanwhile, count both
-                    self._tracked = count if self._tracked is before else count + 1
-                elif saved.count:
-                    self.num_batches_skipped = skipped
+                    self._on_nonfinite != "propagate", self,
+                )  # fmt: skip
         else:
             if not self.affine:
                 self._check_channels(x)

@@ -63,6 +63,7 @@ def forward(
 
 # The running statistics take part in the checks of forward_train, and are written last, both or neither:
 # running = (1 - momentum) * running + momentum * batch, with the unbiased variance. Strided arrays are fine.
+# With a `layer`, whose lock is held, its _tracked or num_batches_skipped counts the batch together with them.
 # With `guard` they are only written if all would be finite; Saved.moved says whether they were.
 def forward_train(
     x: Any,
@@ -78,6 +79,7 @@ def forward_train(
     residual: Any,
     out: _Array | None,
     guard: bool = False,
+    layer: Any = None,
 ) -> tuple[_Array, Saved]: ...
 def normalize(
     x: Any,

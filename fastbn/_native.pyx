@@ -11,7 +11,7 @@ from cpython.pycapsule cimport PyCapsule_New
 from libc.math cimport isfinite, isnan, sqrt
 from libc.stdint cimport SIZE_MAX, int64_t, intptr_t, uint8_t, uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 import numpy as np
 
@@ -79,7 +79,7 @@ cdef extern from "fastbn.h" nogil:
 
 cdef extern from "geometry.h" nogil:
     enum:
-        FBN_MAX_ARRAYS
+        FBN_MAX_ARRAYS, FBN_MAX_DIMS
     ctypedef struct fbn_array:
         char *data
         const intptr_t *strides
@@ -172,6 +172,18 @@ cdef extern from *:
     """
     void lock_numbers "fbn_lock_numbers"() noexcept
     void unlock_numbers "fbn_unlock_numbers"() noexcept
+
+# Around a call of the core: other threads may run Python meanwhile, unless it is over before they could.
+cdef extern from *:
+    """
+    enum { FBN_BRIEF = 32768 }; /* bytes of a tensor */
+    static PyThreadState *fbn_let_go(Py_ssize_t bytes) { return bytes <= FBN_BRIEF ? NULL : PyEval_SaveThread(); }
+    static void fbn_take_back(PyThreadState *state) { if (state != NULL) PyEval_RestoreThread(state); }
+    """
+    ctypedef struct PyThreadState:
+        pass
+    PyThreadState *let_go "fbn_let_go"(Py_ssize_t bytes) noexcept
+    void take_back "fbn_take_back"(PyThreadState *state) noexcept
 
 # ---- dtypes, activations, tiers: one table each ----
 
@@ -687,20 +699,40 @@ cdef class Saved:
     cdef readonly object activation
     cdef readonly double negative_slope
     cdef readonly bint has_residual
-    cdef readonly object mean
-    cdef readonly object var
-    cdef object mean_lo
+    cdef double *mean_
+    cdef double *mean_lo
+    cdef double *var_
+    cdef Py_ssize_t channels
     cdef object gate
     cdef object walk  # the strides of the forward's x, which the gate follows
     cdef fbn_geometry geometry
-    cdef object shape
-    cdef int code
+    cdef int code, ndim
+    cdef Py_ssize_t shape[FBN_MAX_DIMS]
 
     def __init__(self):
         raise TypeError("Saved comes from batch_norm_forward")
 
+    def __dealloc__(self):
+        free(self.mean_)  # and the two behind it
+
+    cdef object column(self, double *numbers):
+        """Numbers of ours as a read-only array that keeps us alive."""
+        cdef cnp.npy_intp size = self.channels
+        cdef cnp.ndarray a = cnp.PyArray_SimpleNewFromData(1, &size, cnp.NPY_FLOAT64, numbers)
+        cnp.set_array_base(a, self)
+        cnp.PyArray_CLEARFLAGS(a, cnp.NPY_ARRAY_WRITEABLE)
+        return a
+
+    @property
+    def mean(self):
+        return self.column(self.mean_)
+
+    @property
+    def var(self):
+        return self.column(self.var_)
+
     def __repr__(self):
-        return f"<fastbn Saved: {self.mean.shape[0]} channels, count {self.count}, activation {self.activation!r}>"
+        return f"<fastbn Saved: {self.channels} channels, count {self.count}, activation {self.activation!r}>"
 
 
 cdef cnp.ndarray vector(Py_ssize_t channels, int typenum=cnp.NPY_FLOAT64):
@@ -716,8 +748,20 @@ cdef Saved new_saved(cnp.ndarray x, int code, int axis, double eps, object activ
     s.negative_slope = slope
     s.has_residual = has_residual
     s.code = code
-    s.shape = (<object>x).shape
+    s.ndim = cnp.PyArray_NDIM(x)
+    memcpy(s.shape, cnp.PyArray_DIMS(x), <size_t>s.ndim * sizeof(Py_ssize_t))
+    s.channels = cnp.PyArray_DIM(x, axis)
+    s.mean_ = <double *>malloc(<size_t>(3 * s.channels + 1) * sizeof(double))
+    if s.mean_ == NULL:
+        raise MemoryError(f"no memory for the statistics of {s.channels} channels")
+    s.mean_lo = s.mean_ + s.channels
+    s.var_ = s.mean_lo + s.channels
     return s
+
+
+cdef bint of_that_shape(Saved s, cnp.ndarray x) noexcept:
+    return cnp.PyArray_NDIM(x) == s.ndim and memcmp(s.shape, cnp.PyArray_DIMS(x),
+                                                    <size_t>s.ndim * sizeof(Py_ssize_t)) == 0
 
 
 cdef _Operands arrange_forward(Saved s, cnp.ndarray x, cnp.ndarray residual, cnp.ndarray y, int code, int axis,
@@ -748,7 +792,7 @@ cdef uint8_t *gate_data(Saved s) noexcept:
 
 cdef tuple run_forward(object x_given, object running_mean, object running_var, object weight, object bias,
                        object momentum, object eps_given, object channel_axis, object activation,
-                       object negative_slope, object residual_given, object out, bint guard):
+                       object negative_slope, object residual_given, object out, bint guard, object layer):
     cdef cnp.ndarray x = view_of(x_given, "x")
     cdef int code = data_code(x, "x")
     cdef int axis = axis_of(x, channel_axis)
@@ -787,61 +831,67 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
         )
     y = output(out, x, code, "out")
     saved = new_saved(x, code, axis, eps, activation, act.negative_slope, residual is not None)
-    mean = vector(channels)
-    mean_lo = vector(channels)
-    m2 = vector(channels)
     if cnp.PyArray_SIZE(x) == 0:
-        mean[...] = mean_lo[...] = m2[...] = 0.0
-        saved.mean, saved.mean_lo, saved.var = mean, mean_lo, m2
-        lock_saved(saved)
+        memset(saved.mean_, 0, <size_t>(3 * channels) * sizeof(double))
         return y, saved
-    stats.mean = <double *>cnp.PyArray_DATA(<cnp.ndarray>mean)
-    stats.mean_lo = <double *>cnp.PyArray_DATA(<cnp.ndarray>mean_lo)
-    stats.m2 = <double *>cnp.PyArray_DATA(<cnp.ndarray>m2)
+    if layer is not None:
+        before = layer._tracked
+        tracked = before + 1
+        skipped = layer.num_batches_skipped + 1
+    stats.mean, stats.mean_lo, stats.m2 = saved.mean_, saved.mean_lo, saved.var_
     o = arrange_forward(saved, x, residual, y, code, axis, channels, &geo)
     gate = gate_data(saved)
     if residual is not None:
         other = &geo.t[1]
-    with nogil:
-        status = fbn_forward(&geo.g, geo.t[0], other, geo.t[2], gate, &affine, act, threads, &stats)
+    state = let_go(cnp.PyArray_NBYTES(x))
+    status = fbn_forward(&geo.g, geo.t[0], other, geo.t[2], gate, &affine, act, threads, &stats)
+    take_back(state)
     check(status)
     finish(o)
     saved.count = stats.count
     result = y, saved
-    # From here on nothing asks for memory: a caller moves a counter together with the statistics.
+    # From here on nothing asks for memory, and no signal is handled: a counter moves together with the statistics.
     lock_numbers()
     saved.moved = update_running(running_mean, running_var, factor, &stats, channels, guard)
     unlock_numbers()
     for i in range(channels):
         stats.m2[i] /= <double>stats.count
-    saved.mean, saved.mean_lo, saved.var = mean, mean_lo, m2
-    lock_saved(saved)
+    if layer is not None:
+        if not saved.moved:
+            layer.num_batches_skipped = skipped
+        elif layer._tracked is before:
+            layer._tracked = tracked
+        else:  # an argument has code of its own, which has trained the layer meanwhile: count both
+            layer._tracked += 1
     return result
 
 
-cdef int lock_saved(Saved s) except -1:
-    cnp.PyArray_CLEARFLAGS(<cnp.ndarray>s.mean, cnp.NPY_ARRAY_WRITEABLE)
-    cnp.PyArray_CLEARFLAGS(<cnp.ndarray>s.mean_lo, cnp.NPY_ARRAY_WRITEABLE)
-    cnp.PyArray_CLEARFLAGS(<cnp.ndarray>s.var, cnp.NPY_ARRAY_WRITEABLE)
-    return 0
-
-
-cdef void running_move(cnp.ndarray a, Py_ssize_t i, double factor, double batch) noexcept:
-    """(1 - factor) * running + factor * batch in the array's dtype, whatever its alignment and byte order."""
-    cdef char *at = <char *>cnp.PyArray_DATA(a) + i * cnp.PyArray_STRIDE(a, 0)
-    cdef float narrow
-    cdef double value
+cdef void running_move(cnp.ndarray a, double factor, const double *batch, double divisor) noexcept:
+    """a = (1 - factor) * a + factor * batch / divisor, in a's dtype, whatever its alignment, byte order and stride."""
+    cdef Py_ssize_t n = cnp.PyArray_DIM(a, 0)
+    cdef Py_ssize_t stride = cnp.PyArray_STRIDE(a, 0)
     cdef bint is_narrow = cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32
+    cdef bint swapped = not PyArray_ISNOTSWAPPED(a)
     cdef size_t size = sizeof(float) if is_narrow else sizeof(double)
-    cdef char *number = <char *>&narrow if is_narrow else <char *>&value
-    memcpy(number, at, size)
-    if not PyArray_ISNOTSWAPPED(a):
-        reverse(number, size)
-    value = (1.0 - factor) * (<double>narrow if is_narrow else value) + factor * batch
-    narrow = <float>value
-    if not PyArray_ISNOTSWAPPED(a):
-        reverse(number, size)
-    memcpy(at, number, size)
+    cdef char *at = <char *>cnp.PyArray_DATA(a)
+    cdef float narrow
+    cdef double wide
+    cdef char *number = <char *>&narrow if is_narrow else <char *>&wide
+    cdef Py_ssize_t i
+    if is_narrow and cnp.PyArray_ISCARRAY(a):  # the same in a loop that becomes vectors
+        for i in range(n):
+            (<float *>at)[i] = <float>((1.0 - factor) * <double>(<float *>at)[i] + factor * (batch[i] / divisor))
+        return
+    for i in range(n):
+        memcpy(number, at, size)
+        if swapped:
+            reverse(number, size)
+        wide = (1.0 - factor) * (<double>narrow if is_narrow else wide) + factor * (batch[i] / divisor)
+        narrow = <float>wide
+        if swapped:
+            reverse(number, size)
+        memcpy(at, number, size)
+        at += stride
 
 
 cdef void reverse(char *bytes, size_t n) noexcept:
@@ -861,11 +911,10 @@ cdef bint update_running(cnp.ndarray mean, cnp.ndarray var, double factor, const
         for i in range(channels):
             if not (holds(mean, stats.mean[i]) and holds(var, stats.m2[i] / rest)):
                 return False
-    for i in range(channels):
-        if mean is not None:
-            running_move(mean, i, factor, stats.mean[i])
-        if var is not None:
-            running_move(var, i, factor, stats.m2[i] / rest)
+    if mean is not None:
+        running_move(mean, factor, stats.mean, 1.0)
+    if var is not None:
+        running_move(var, factor, stats.m2, rest)
     return True
 
 
@@ -876,21 +925,16 @@ cdef bint holds(cnp.ndarray a, double value) noexcept:
 
 def forward(x, weight, bias, eps, channel_axis, activation, negative_slope, residual, out):
     return run_forward(x, None, None, weight, bias, 0.0, eps, channel_axis, activation, negative_slope, residual, out,
-                       False)
+                       False, None)
 
 
 def forward_train(x, running_mean, running_var, weight, bias, momentum, eps, channel_axis, activation, negative_slope,
-                  residual, out, guard=False):
+                  residual, out, guard=False, layer=None):
     return run_forward(x, running_mean, running_var, weight, bias, momentum, eps, channel_axis, activation,
-                       negative_slope, residual, out, guard)
+                       negative_slope, residual, out, guard, layer)
 
 
 # ---- inference ----
-
-# Bytes of a call that is over before another thread could make use of the GIL.
-cdef enum:
-    BRIEF = 8192
-
 
 cdef class Prepared:
     """One channel-wise affine map made ready once; immutable, thread-safe."""
@@ -958,11 +1002,9 @@ cdef class Prepared:
         if cnp.PyArray_SIZE(vx) == 0:
             return out if out is not None else y
         o = arrange(vx, vr, y, None, code, axis, self.channels, NULL, None, &geo)
-        if cnp.PyArray_NBYTES(vx) <= BRIEF:
-            status = fbn_apply(&geo.g, geo.t[0], other, geo.t[2], NULL, self.prepared, self.act, threads)
-        else:
-            with nogil:
-                status = fbn_apply(&geo.g, geo.t[0], other, geo.t[2], NULL, self.prepared, self.act, threads)
+        state = let_go(cnp.PyArray_NBYTES(vx))
+        status = fbn_apply(&geo.g, geo.t[0], other, geo.t[2], NULL, self.prepared, self.act, threads)
+        take_back(state)
         check(status)
         finish(o)
         return out if out is not None else y
@@ -997,7 +1039,6 @@ cdef tuple run_normalize(object x_given, object mean, object var, object weight,
     cdef int threads = fbn_get_num_threads()
     cdef fbn_tensor *other = NULL
     cdef uint8_t *gate = NULL
-    cdef Py_ssize_t i
     memset(&affine, 0, sizeof(affine))
     fill_affine(&affine, p, mean, var, weight, bias, eps, mean_name, var_name)
     if residual_given is not None:
@@ -1007,19 +1048,17 @@ cdef tuple run_normalize(object x_given, object mean, object var, object weight,
     y = output(out, x, code, "out")
     if save:
         saved = new_saved(x, code, axis, affine.eps, activation, act.negative_slope, residual is not None)
-        saved.mean, saved.mean_lo, saved.var = vector(channels), vector(channels), vector(channels)
-        for i in range(channels):
-            (<double *>cnp.PyArray_DATA(<cnp.ndarray>saved.mean))[i] = affine.mean[i]
-            (<double *>cnp.PyArray_DATA(<cnp.ndarray>saved.mean_lo))[i] = 0.0
-            (<double *>cnp.PyArray_DATA(<cnp.ndarray>saved.var))[i] = affine.var[i]
-        lock_saved(saved)
+        memcpy(saved.mean_, affine.mean, <size_t>channels * sizeof(double))
+        memset(saved.mean_lo, 0, <size_t>channels * sizeof(double))
+        memcpy(saved.var_, affine.var, <size_t>channels * sizeof(double))
     if cnp.PyArray_SIZE(x) == 0:
         return y, saved
     o = arrange_forward(saved, x, residual, y, code, axis, channels, &geo)
     if save:
         gate = gate_data(saved)
-    with nogil:
-        status = fbn_normalize(&geo.g, geo.t[0], other, geo.t[2], gate, &affine, act, threads)
+    state = let_go(cnp.PyArray_NBYTES(x))
+    status = fbn_normalize(&geo.g, geo.t[0], other, geo.t[2], gate, &affine, act, threads)
+    take_back(state)
     check(status)
     finish(o)
     return y, saved
@@ -1098,17 +1137,16 @@ def backward(grad_output, x, Saved saved not None, weight, bias, out):
     cdef Py_ssize_t i
     if code != saved.code:
         raise TypeError(f"x must have the dtype of the forward's x, {_DTYPES[saved.code]}, got {vx.dtype}")
-    if (<object>vx).shape != saved.shape:
-        raise ValueError(f"x must have the shape of the forward's x, {saved.shape}, got {(<object>vx).shape}")
+    if not of_that_shape(saved, vx):
+        shape = tuple([saved.shape[i] for i in range(saved.ndim)])
+        raise ValueError(f"x must have the shape of the forward's x, {shape}, got {(<object>vx).shape}")
     check_like(dy, vx, code, "grad_output")
     channels = cnp.PyArray_DIM(vx, axis)
     act = activation_of(saved.activation, saved.negative_slope)
     p = params(channels, 4)
     memset(&affine, 0, sizeof(affine))
     affine.eps = saved.eps
-    affine.mean = <const double *>cnp.PyArray_DATA(<cnp.ndarray>saved.mean)
-    affine.mean_lo = <const double *>cnp.PyArray_DATA(<cnp.ndarray>saved.mean_lo)
-    affine.var = <const double *>cnp.PyArray_DATA(<cnp.ndarray>saved.var)
+    affine.mean, affine.mean_lo, affine.var = saved.mean_, saved.mean_lo, saved.var_
     load_parameters(&affine, p, weight, bias)
     sum_dy = p.slot(2)
     sum_dy_xmu = p.slot(3)
@@ -1123,17 +1161,15 @@ def backward(grad_output, x, Saved saved not None, weight, bias, out):
         if gate != NULL:
             wanted = &saved.geometry
         o = arrange(vx, dy, dx, dresidual, code, axis, channels, wanted, saved.walk, &geo)
-        with nogil:
-            status = fbn_backward(&geo.g, geo.t[0], geo.t[1], geo.t[2], extra, gate, &affine, act, training, threads,
-                                  sum_dy, sum_dy_xmu)
+        state = let_go(cnp.PyArray_NBYTES(vx))
+        status = fbn_backward(&geo.g, geo.t[0], geo.t[1], geo.t[2], extra, gate, &affine, act, training, threads,
+                              sum_dy, sum_dy_xmu)
+        take_back(state)
         check(status)
         finish(o)
     for i in range(channels):
         deviation = sqrt(affine.var[i] + affine.eps)
-        if not (training and deviation == 0.0):
-            sum_dy_xmu[i] /= deviation
-        else:
-            sum_dy_xmu[i] = 0.0
+        sum_dy_xmu[i] = 0.0 if training and deviation == 0.0 else sum_dy_xmu[i] / deviation
     dweight = gradient_of(weight, code, channels, sum_dy_xmu)
     dbias = gradient_of(weight if bias is None else bias, code, channels, sum_dy)
     return dx if out is None else out, dweight, dbias, dresidual

@@ -5,11 +5,7 @@
 
 #include <string.h>
 
-static bool fbn_is_wide(fbn_dtype dtype) { return dtype == FBN_F64; }
-
 static size_t fbn_coef_size(fbn_dtype dtype) { return fbn_is_wide(dtype) ? sizeof(double) : sizeof(float); }
-
-double fbn_round_mean(fbn_dtype dtype, double mean) { return fbn_is_wide(dtype) ? mean : (double)(float)mean; }
 
 static size_t fbn_coef_step(int64_t width) { return (size_t)(width + 15) / 16 * 16 + FBN_COEF_PAD; }
 

@@ -30,6 +30,11 @@ fbn_coef fbn_coefs_at(const fbn_coefs *c, int64_t first);
 void fbn_coefs_expand(fbn_coefs *to, const fbn_coefs *from, int64_t first, int64_t period, int64_t repeat,
                       int64_t width, bool backward);
 
-double fbn_round_mean(fbn_dtype dtype, double mean);
+/* Whether the arithmetic is float64; and the mean as the arithmetic holds it. */
+static inline bool fbn_is_wide(fbn_dtype dtype) { return dtype == FBN_F64; }
+static inline double fbn_round_mean(fbn_dtype dtype, double mean)
+{
+    return fbn_is_wide(dtype) ? mean : (double)(float)mean;
+}
 
 #endif
