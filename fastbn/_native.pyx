@@ -607,7 +607,10 @@ cdef const double *widen(cnp.ndarray a, Py_ssize_t channels, double *to) noexcep
         return NULL
     data = <const char *>cnp.PyArray_DATA(a)
     stride = cnp.PyArray_STRIDE(a, 0)
-    if cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32:
+    if cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32 and PyArray_IS_C_CONTIGUOUS(a):  # a loop that becomes vectors
+        for i in range(channels):
+            to[i] = (<const float *>data)[i]
+    elif cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32:
         for i in range(channels):
             to[i] = (<const float *>(data + i * stride))[0]
     else:

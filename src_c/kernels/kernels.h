@@ -92,7 +92,7 @@ static inline int64_t fbn_tile_bytes(int64_t columns)
     OP(backward_apply_rows, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                \
     OP(backward_apply_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                \
     /* The coefficients of channels [first, last), as arrays `step` elements apart, those of a backward too if there   \
-     * are sums. batch: the statistics are those of the tensor itself. uniform: whether every unit is 1. */                      \
+     * are sums. batch: the statistics are those of the tensor itself. uniform: whether every unit is 1. */            \
     OP(coefs, (const fbn_affine *affine, int batch, const fbn_backward_sums *sums, int64_t first, int64_t last,        \
                void *out, int64_t step, int *uniform))                                                                 \
     /* bytes past the cache; both aligned to 64, bytes a multiple of 64 */                                             \
