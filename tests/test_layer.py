@@ -522,7 +522,7 @@ def test_training_from_many_threads_loses_no_batch():
     start = threading.Barrier(8)
 
     def work(i):
-        x = np.array([[i, -1.0], [i + 2, 1.0]])
+        x = np.tile(np.array([[i, -1.0], [i + 2, 1.0]]), (2000, 1))  # long enough for another thread to come between
         start.wait()
         for _ in range(50):
             bn(x)
