@@ -3,7 +3,9 @@
 Red with a claim that compares the wrong way round, or something with itself. Skipped without the extra `demo`.
 """
 
+import contextlib
 import copy
+import io
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +18,8 @@ for module in ("matplotlib", "sklearn", "tqdm"):
 EXAMPLES = str(Path(__file__).resolve().parent.parent / "examples")
 if EXAMPLES not in sys.path:
     sys.path.append(EXAMPLES)
+
+from paper.study import Settings, perform  # noqa: E402
 
 SCALES = [1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0]
 CURVES = ("train_loss", "train_error", "test_loss", "test_error")
@@ -118,6 +122,14 @@ CONTRARY = [
     ("regularization", {"dropout": ends_at(0.01, 0, 0.15, 0.04)}, [2]),
     ("regularization", {"both__test_loss": [[2.0, 0.02, 0.02]]}, [3]),
 ]
+
+
+@pytest.mark.parametrize("name", SUPPORT)
+def test_networks_that_hardly_learn_are_drawn(name, tmp_path):
+    """What never gets anywhere has no finite number of steps. Red with a figure or ratio that cannot do without one."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        perform(import_module(f"paper.{name}"), Settings(steps=1, seeds=(0,), short=True), tmp_path)
+    assert (tmp_path / f"{name}.png").exists()
 
 
 @pytest.mark.parametrize("name", SUPPORT)

@@ -129,6 +129,8 @@ def _shown(numbers: dict[str, Any], kind: str, key: str) -> np.ndarray:
     return np.asarray(numbers[kind][key])[:, list(numbers["ratios"]).index(SHOWN)]
 
 
+# Where neither arrives, the ratio of their steps is not a number, and the claim does not hold.
+@np.errstate(invalid="ignore")
 def claims(numbers: dict[str, Any]) -> list[Claim]:
     plain, norm = numbers["plain"], numbers["norm"]
     slower = [np.asarray(found["steps"])[:, -1] / np.asarray(found["steps"])[:, 0] for found in (plain, norm)]
@@ -174,14 +176,17 @@ def draw(figure: Figure, numbers: dict[str, Any]) -> None:
     above, (left, right) = figure.subplots(2, 2)
     units = {"plain": ("weight of x₁", "weight of x₂"), "norm": ("weight of normalized x₁", "weight of normalized x₂")}
     for axes, (kind, (_, color, label)) in zip(above, KINDS.items(), strict=True):
-        shown, steps = numbers[kind]["shown"], int(_shown(numbers, kind, "steps")[0])
-        title = f"{label[0].upper()}{label[1:]}: {steps} steps, κ = {shown['condition']:.0f}"
+        shown, steps = numbers[kind]["shown"], float(_shown(numbers, kind, "steps")[0])
+        length = f"{steps:.0f} steps" if np.isfinite(steps) else f"not in {numbers['steps']} steps"
+        title = f"{label[0].upper()}{label[1:]}: {length}, κ = {shown['condition']:.0f}"
         _contours(axes, shown, steps, color)
         axes.set(title=title, xlabel=units[kind][0], ylabel=units[kind][1])
     for kind, (_, color, label) in KINDS.items():
         curves, style = np.asarray(numbers[kind]["excess"]), "-" if kind == "norm" else "--"
         band(left, range(curves.shape[1]), curves, color, label, linestyle=style)
-        band(right, numbers["ratios"], numbers[kind]["steps"], color, label, linestyle=style, marker="o", markersize=4)
+        # Who does not arrive is drawn where the run ends.
+        taken = np.minimum(numbers[kind]["steps"], numbers["steps"])
+        band(right, numbers["ratios"], taken, color, label, linestyle=style, marker="o", markersize=4)
     left.axhline(NEAR, color=GREY, linewidth=1, linestyle=":")
     left.set(
         title=f"Loss above its lowest, σ₂ = {SHOWN} σ₁", yscale="log", xlabel="SGD step", ylabel="part of the start's"
@@ -199,9 +204,10 @@ def draw(figure: Figure, numbers: dict[str, Any]) -> None:
     right.minorticks_off()
 
 
-def _contours(axes: Axes, shown: dict[str, Any], steps: int, color: str) -> None:
+def _contours(axes: Axes, shown: dict[str, Any], steps: float, color: str) -> None:
     """Both axes to the same scale, since SGD goes at right angles to the contours only there."""
-    lowest, path = np.asarray(shown["lowest"]), np.asarray(shown["path"])[: steps + 1]
+    lowest, path = np.asarray(shown["lowest"]), np.asarray(shown["path"])
+    path = path[: int(min(steps, len(path) - 1)) + 1]
     reach = 1.3 * np.abs(path - lowest).max() * np.array([1.25, 1])
     grid = np.stack(np.meshgrid(*(np.linspace(-r, r, 201) for r in reach)), -1) + lowest
     level = excess(shown, grid) / excess(shown, path[0])

@@ -89,7 +89,10 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
         Claim(
             "And it gets to the test loss that the network ends at with neither sooner than dropout does.",
             "times fewer steps",
-            [slow / fast for slow, fast in zip(arrival(numbers, "dropout"), arrival(numbers, "norm"), strict=True)],
+            [
+                slow / max(fast, 1)
+                for slow, fast in zip(arrival(numbers, "dropout"), arrival(numbers, "norm"), strict=True)
+            ],
             1,
         ),
         Claim(
@@ -136,3 +139,4 @@ def draw(figure: Figure, numbers: dict[str, Any]) -> None:
     gaps.set(title="Test − training loss, trained", ylabel="cross-entropy (nats)")
     for axes in (errors, gaps):
         axes.tick_params(axis="x", labelsize=8)
+        axes.margins(y=0.12)
