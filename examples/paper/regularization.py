@@ -11,7 +11,7 @@ from paper.study import FOURTH, NORM, PLAIN, THIRD, Claim, Settings, band, bars,
 from paper.training import cross_entropy, evaluation_steps, predict, train
 
 TITLE = "Batch norm regularizes: less is left for dropout to do"
-STEPS, PAPER_STEPS, SHORT_STEPS = 1000, 50_000, 400
+STEPS, PAPER_STEPS, SHORT_STEPS = 1000, 50_000, 1000
 # So few images that a perceptron of this size learns them by heart.
 TRAINING = 300
 RATE, DROPOUT = 0.1, 0.2
