@@ -3,6 +3,7 @@
 ``BatchNorm`` trains, ``FrozenBatchNorm`` serves; the functions are the same kernels without the objects.
 """
 
+from fastbn._calibrate import calibrate
 from fastbn._config import show_config
 from fastbn._fold import FoldReport, fold_conv, fold_linear, fold_report
 from fastbn._frozen import FrozenBatchNorm
@@ -33,6 +34,7 @@ __all__ = [
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_forward",
+    "calibrate",
     "fold_conv",
     "fold_linear",
     "fold_report",

@@ -229,6 +229,6 @@ def test_python_imports_have_no_circle():
 
 def test_the_layers_hold_no_pointers_and_no_threads():
     """Floor 7 knows state and modes; ISA and tiles are none of its business."""
-    for module in ("_layer", "_frozen", "_functional"):
+    for module in ("_layer", "_frozen", "_functional", "_calibrate", "_watch"):
         text = (PACKAGE / f"{module}.py").read_text()
         assert not re.search(r"\bctypes\b|\buse_isa\b|\bisas\b|_native\.plan|\bset_num_threads\b", text), module

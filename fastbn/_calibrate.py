@@ -1,0 +1,321 @@
+"""_calibrate.py -- population statistics: the running statistics of layers, taken anew from batches of data."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from itertools import starmap
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbn import _native
+from fastbn._functional import moments
+from fastbn._layer import BatchNorm
+from fastbn._moments import Moments
+from fastbn._watch import Layers, feed, named_layers, watched
+
+__all__ = ["ExactSums", "calibrate", "check_batch"]
+
+_Array = NDArray[Any]
+_Float64 = NDArray[np.float64]
+
+
+def calibrate(
+    network: Callable[[Any], Any],
+    batches: Iterable[Any],
+    method: str = "exact",
+    *,
+    layers: Layers | None = None,
+    progress: bool | None = None,
+) -> None:
+    """Take the running statistics of batch norm layers anew, from batches of data.
+
+    After training, the running statistics are those of the last few batches, under weights that have moved on since.
+    Run this over some training data before the network serves, or after its weights were averaged, pruned or quantized.
+
+    Parameters
+    ----------
+    network : BatchNorm, or callable
+        A layer, whose inputs `batches` then are; or whatever calls layers when it is called with a batch. They are
+        found in its attributes, lists, dicts, dataclasses and closures.
+    batches : iterable
+        Of what `network` takes. Of a tuple or list, such as (data, labels), the first element is taken.
+    method : {"exact", "ema", "cumulative"}, default "exact"
+        ``"exact"``: mean and unbiased variance of all values together, whatever the sizes of the batches. The bits of
+        the result do not depend on the order of the batches.
+
+        ``"cumulative"``: the average over batches of their means and of their unbiased variances, as the paper's
+        algorithm 2 has it. It leaves out how the means of batches differ, and gives each batch the same weight. No
+        order of the batches changes a bit of this, either.
+
+        ``"ema"``: what training mode does to them, with the layer's `momentum`, from where they are.
+    layers : BatchNorm, iterable of them, or mapping of names to them, optional
+        The layers to calibrate, if not all that have running statistics.
+    progress : bool, optional
+        Whether to show a progress bar, which takes tqdm. None: if it is installed and stderr is a terminal.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong type.
+    ValueError
+        If there is no layer or no batch, a batch does not fit a layer or has statistics that are not finite, a layer is
+        never called, or `method` is not one of these. Whatever is raised, here or by `network`, every layer is as it
+        was.
+    RuntimeError
+        If another call is calibrating or comparing one of the layers.
+    ImportError
+        If `progress` is True and there is no tqdm.
+
+    Notes
+    -----
+    In this one pass every calibrated layer normalizes with the statistics of its batch, whatever its mode, while they
+    are collected. So a deeper layer sees what it saw in training, not what it will see in eval mode, where the layers
+    before it normalize with the statistics of all. The difference is of the order of one over the number of values that
+    a channel has in a batch; it goes where each layer is calibrated after those before it::
+
+        network.eval()
+        for layer in layers_from_first_to_last:
+            fastbn.calibrate(network, batches, layers=layer)
+
+    All else of the network runs as it is: put it into eval mode first, lest dropout drops. Layers keep their mode,
+    parameters, gradients and what they remember for `BatchNorm.backward`. `num_batches_tracked` becomes the number of
+    batches that the layer saw, and grows by it with "ema"; an empty batch does not count. No batch is kept, and no
+    other thread should call the layers meanwhile.
+
+    Population statistics are algorithm 2 of Ioffe & Szegedy (2015). The exact ones are the pairwise merge of Chan,
+    Golub & LeVeque (1979) in integers of any length: of the moments of every batch (as `fastbn.moments` gives them)
+    nothing is rounded until the last division.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> bn = fastbn.BatchNorm(1)
+    >>> x = np.array([[1], [2], [3], [6]], dtype=np.float32)
+    >>> fastbn.calibrate(bn, [x[:3], x[3:]])
+    >>> bn.running_mean, bn.running_var.round(3), bn.num_batches_tracked
+    (array([3.], dtype=float32), array([4.667], dtype=float32), 2)
+    >>> bn.training
+    True
+
+    A network is anything that calls its layers:
+
+    >>> head = fastbn.BatchNorm(1)
+    >>> fastbn.calibrate(lambda x: head(np.maximum(bn(x), 0)), [x, -x])
+    >>> head.num_batches_tracked
+    2
+    """
+    if not isinstance(method, str):
+        raise TypeError(f"method must be one of {tuple(_METHODS)}, got {type(method).__name__}")
+    if method not in _METHODS:
+        raise ValueError(f"method must be one of {tuple(_METHODS)}, got {method!r}")
+    if not callable(network):
+        raise TypeError(f"network must be a BatchNorm or a callable, got {type(network).__name__}")
+    collectors = [_METHODS[method](name, layer) for name, layer in named_layers(network, layers).items()]
+    if isinstance(network, BatchNorm) and len(collectors) == 1 and collectors[0].layer is network:
+        feed(batches, collectors[0].collect, "calibrate", progress)
+    else:
+        with watched((c.layer, c.instead) for c in collectors):
+            feed(batches, network, "calibrate", progress)
+    ready = [c.committed() for c in collectors]
+    with contextlib.ExitStack() as held:
+        for collector in sorted(collectors, key=lambda c: id(c.layer)):
+            held.enter_context(collector.layer._lock)
+        # As in a training call, no signal comes in between: all layers change, or none.
+        deque(starmap(_native.commit, ready), maxlen=0)
+
+
+class _Collector:
+    """What becomes the statistics of one layer. Its network may call it from several threads."""
+
+    def __init__(self, name: str, layer: BatchNorm) -> None:
+        self.name, self.layer = name, layer
+        self.lock = threading.Lock()
+        self.batches = 0
+
+    def instead(self, x: Any, residual: Any, out: Any) -> _Array:
+        """What the layer does instead of its forward: normalize with the batch's statistics, and give them here."""
+        self.collect(x)
+        layer = self.layer
+        y, _ = _native.forward(
+            x, layer._weight, layer._bias, layer.eps, layer.channel_axis, layer.activation, layer.negative_slope,
+            residual, out,
+        )  # fmt: skip
+        return y if out is None else out
+
+    def collect(self, x: Any) -> None:
+        found = check_batch(self.name, self.layer, x)
+        if found.count:
+            with self.lock:
+                self.add(found)
+                self.batches += 1
+
+    def add(self, found: Moments) -> None:
+        raise NotImplementedError
+
+    def statistics(self) -> tuple[_Float64, _Float64]:
+        raise NotImplementedError
+
+    def tracked(self) -> int:
+        return self.batches
+
+    def committed(self) -> tuple[BatchNorm, list[tuple[_Array, _Array]], int]:
+        """What `_native.commit` takes."""
+        if not self.batches:
+            raise ValueError(f"{self.name} was given no data by any batch: name the layers to calibrate with layers=")
+        pairs = []
+        for kind, array, new in zip(
+            ("mean", "variance"), (self.layer._running_mean, self.layer._running_var), self.statistics(), strict=True
+        ):
+            with np.errstate(over="ignore"):
+                cast = np.ascontiguousarray(new, array.dtype)
+            if not np.isfinite(cast).all():
+                raise ValueError(f"{self.name} has a {kind} over all batches that is not finite in {array.dtype}")
+            pairs.append((array, cast))
+        return self.layer, pairs, self.tracked()
+
+
+class _Exact(_Collector):
+    def __init__(self, name: str, layer: BatchNorm) -> None:
+        super().__init__(name, layer)
+        self.sums = ExactSums(layer.num_features)
+
+    def add(self, found: Moments) -> None:
+        self.sums.add(found)
+
+    def statistics(self) -> tuple[_Float64, _Float64]:
+        if self.sums.count < 2:
+            raise ValueError(f"{self.name} needs more than 1 value per channel for a variance, got {self.sums.count}")
+        return self.sums.mean(), self.sums.var()
+
+
+class _Cumulative(_Collector):
+    def __init__(self, name: str, layer: BatchNorm) -> None:
+        super().__init__(name, layer)
+        self.means, self.variances = ExactSums(layer.num_features), ExactSums(layer.num_features)
+
+    def add(self, found: Moments) -> None:
+        if found.count < 2:
+            raise ValueError(f"{self.name} needs more than 1 value per channel in every batch, got 1")
+        nothing = np.zeros(self.layer.num_features)
+        self.means.add(Moments(1, found.mean, nothing, found.mean_lo))
+        self.variances.add(Moments(1, found.var(ddof=1), nothing))
+
+    def statistics(self) -> tuple[_Float64, _Float64]:
+        return self.means.mean(), self.variances.mean()
+
+
+class _Ema(_Collector):
+    """Training mode itself, on copies of the running statistics."""
+
+    def __init__(self, name: str, layer: BatchNorm) -> None:
+        super().__init__(name, layer)
+        with layer._lock:
+            self.mean, self.var, self.before = (
+                layer._running_mean.copy(), layer._running_var.copy(), layer.num_batches_tracked,
+            )  # fmt: skip
+
+    def instead(self, x: Any, residual: Any, out: Any) -> _Array:
+        layer = self.layer
+        check_batch(self.name, layer, x)
+        with self.lock:
+            momentum = 1.0 / (self.tracked() + 1) if layer.momentum is None else layer.momentum
+            y, saved = _native.forward_train(
+                x, self.mean, self.var, layer._weight, layer._bias, momentum, layer.eps, layer.channel_axis,
+                layer.activation, layer.negative_slope, residual, out,
+            )  # fmt: skip
+            self.batches += saved.count > 0
+        return y if out is None else out
+
+    def collect(self, x: Any) -> None:
+        # No activation with a residual comes here: the layer is called with its input alone.
+        self.instead(x, None, None)
+
+    def statistics(self) -> tuple[_Float64, _Float64]:
+        return self.mean, self.var
+
+    def tracked(self) -> int:
+        return int(self.before) + self.batches
+
+
+_METHODS = {"exact": _Exact, "ema": _Ema, "cumulative": _Cumulative}
+
+
+def check_batch(name: str, layer: BatchNorm, x: Any) -> Moments:
+    """Return the moments of what a layer was given, or raise if they are not finite or of other channels."""
+    try:
+        layer._check_channels(x)
+        found = moments(x, channel_axis=layer.channel_axis)
+    except Exception as error:
+        error.add_note(f"in {name}")
+        raise
+    good = np.isfinite(found.mean) & np.isfinite(found.m2)
+    if not good.all():
+        raise ValueError(
+            f"{name} must be given finite data, got statistics that are not finite in channels "
+            f"{np.flatnonzero(~good).tolist()}"
+        )
+    return found
+
+
+class ExactSums:
+    """The sums behind the mean and variance of every channel, as integers of any length: nothing is ever rounded.
+
+    So the order of the parts does not matter, and neither does how large the mean is beside the deviation. Integers
+    count in units of ``2**-unit``, which becomes finer when a part needs it.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0
+        self.unit = 0
+        self.total = np.zeros(channels, object)
+        self.squares = np.zeros(channels, object)  # of the values, in squared units
+
+    def add(self, part: Moments) -> None:
+        finer = max(_finest(part.mean), _finest(part.mean_lo), (_finest(part.m2) + 1) // 2, self.unit) - self.unit
+        self.unit += finer
+        self.total <<= finer
+        self.squares <<= 2 * finer
+        mean = _integers(part.mean, self.unit) + _integers(part.mean_lo, self.unit)
+        weighted = mean * int(part.count)
+        self.count += int(part.count)
+        self.total += weighted
+        self.squares += weighted * mean + _integers(part.m2, 2 * self.unit)
+
+    def mean(self) -> _Float64:
+        """Rounded once: the division of Python's integers is correct to the last bit."""
+        return _divided(self.total, self.count << self.unit)
+
+    def var(self) -> _Float64:
+        """Of all values, unbiased."""
+        spread = self.squares * self.count - self.total * self.total
+        return _divided(spread, self.count * (self.count - 1) << 2 * self.unit)
+
+
+def _finest(x: _Float64) -> int:
+    """How many binary places suffice for all of `x`."""
+    mantissa, exponent = np.frexp(x)
+    return int((53 - exponent).max(initial=0, where=mantissa != 0))
+
+
+def _integers(x: _Float64, unit: int) -> _Array:
+    """Return ``x * 2**unit`` as Python's integers; what is not zero is a whole number of units."""
+    mantissa, exponent = np.frexp(x)
+    places = np.where(mantissa == 0, 0, exponent + (unit - 53))
+    whole = np.ldexp(mantissa, 53).astype(np.int64).astype(object)
+    scaled: _Array = whole << places.astype(object)
+    return scaled
+
+
+def _divided(numerators: _Array, denominator: int) -> _Float64:
+    quotients = np.empty(numerators.shape)
+    for i, numerator in enumerate(numerators):
+        try:
+            quotients[i] = numerator / denominator
+        except OverflowError:
+            quotients[i] = np.inf
+    return quotients

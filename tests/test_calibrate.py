@@ -1,0 +1,504 @@
+"""test_calibrate -- population statistics: exact, in any order of the batches, or not at all.
+
+The reference is the twin on the concatenated data, in float64 and wider, and fractions where that rounds.
+"""
+
+import functools
+import itertools
+import sys
+import types
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import twin
+from numpy.testing import assert_array_equal
+from tolerance import assert_close
+
+import fastbn
+from fastbn._calibrate import ExactSums
+from fastbn._watch import find_layers
+
+SIZES = (1, 2, 700, 3, 1, 64, 17, 250, 5)
+
+
+def pieces(x, sizes=SIZES):
+    assert len(x) == sum(sizes)
+    return np.split(x, np.cumsum(sizes)[:-1])
+
+
+def bits(layer):
+    return {name: array.tobytes() for name, array in layer.state_dict().items()}
+
+
+def data(rng, dtype=np.float32, offset=0.0, channels=3, shape=(2, 2)):
+    scale = 10.0 ** np.arange(channels).reshape(channels, *[1] * len(shape))
+    return (rng.normal(size=(sum(SIZES), channels, *shape)) * scale + offset).astype(dtype)
+
+
+@dataclass
+class Network:
+    """Two layers with something between them that is not linear; the head is in a dict in a list."""
+
+    first: fastbn.BatchNorm = field(default_factory=lambda: fastbn.BatchNorm(3))
+    rest: list = field(default_factory=lambda: [{"head": fastbn.BatchNorm(3, activation="relu")}])
+    before: object = None
+
+    def __call__(self, x):
+        if self.before is not None:
+            self.before(x)
+        return self.rest[0]["head"](np.tanh(self.first(x)) + x)
+
+    @property
+    def layers(self):
+        return [self.first, self.rest[0]["head"]]
+
+    def change(self):
+        """Statistics, modes and memories that are nobody's defaults."""
+        for i, layer in enumerate(self.layers):
+            layer.running_mean[...] = 5 + i
+            layer.running_var[...] = 7 + i
+            layer.weight[...] = [1.0, -2.0, 0.5]
+            layer.bias[...] = [0.0, 1.0, 3.0]
+            layer.num_batches_tracked = 11 * (i + 1)
+        self.layers[1].eval()
+        return self
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_exact_is_the_whole_in_any_order(rng, dtype, offset):
+    """Seeded bugs: sums in float64 (the bits differ between orders), the biased variance, a mean of means."""
+    x = data(rng, dtype, offset)
+    reference = twin.moments(x)
+    batches, found = pieces(x), set()
+    for _ in range(6):
+        bn = fastbn.BatchNorm(3, dtype=dtype)
+        fastbn.calibrate(bn, batches)
+        found.add((bn.running_mean.tobytes(), bn.running_var.tobytes()))
+        assert bn.num_batches_tracked == len(SIZES)
+        rng.shuffle(batches)
+    assert len(found) == 1
+    assert_close(bn.running_mean, reference.mean)
+    assert_close(bn.running_var, reference.var(ddof=1), scale=reference.var(ddof=1))
+
+
+@pytest.mark.parametrize("method", ["exact", "cumulative"])
+def test_no_order_changes_a_bit_of_float64(rng, method):
+    """Where every bit of the sums shows, with a mean of a million deviations. Seeded bug: sums in float64."""
+    batches = [part for part in pieces(data(rng, np.float64, 1e6)) if len(part) > 1]
+    found = set()
+    for _ in range(20):
+        bn = fastbn.BatchNorm(3, dtype=np.float64)
+        fastbn.calibrate(bn, batches, method)
+        found.add((bn.running_mean.tobytes(), bn.running_var.tobytes()))
+        rng.shuffle(batches)
+    assert len(found) == 1
+
+
+def test_the_sums_are_exact(rng):
+    """Against fractions, from the smallest numbers to the largest. Seeded bug: rounding a part to the unit at hand."""
+    means = [[1.0, 5e-324, 1e300, -3.0], [0.1, 1e-310, -1e300, 1e16], [1e10, 2e-308, 1e299, 1.0]]
+    lows = [[1e-20, 0.0, 1e280, 0.0], [0.0, 5e-324, 0.0, -1e-3], [-1e-9, 0.0, 0.0, 0.0]]
+    m2s = [[0.0, 0.0, 0.0, 2.0], [3.0, 5e-324, 1e-300, 0.1], [1e-30, 0.0, 1e308, 0.0]]
+    parts = [fastbn.Moments(n, *arrays) for n, *arrays in zip((1, 4, 1000), means, m2s, lows, strict=True)]
+    n = sum(part.count for part in parts)
+    for order in itertools.permutations(parts):
+        sums = ExactSums(4)
+        for part in order:
+            sums.add(part)
+        for channel in range(4):
+            mean = [Fraction(part.mean[channel]) + Fraction(part.mean_lo[channel]) for part in parts]
+            whole = sum(part.count * m for part, m in zip(parts, mean, strict=True)) / n
+            spread = sum(
+                Fraction(part.m2[channel]) + part.count * (m - whole) ** 2 for part, m in zip(parts, mean, strict=True)
+            )
+            assert sums.mean()[channel] == float(whole)
+            expected = spread / (n - 1)
+            assert sums.var()[channel] == (float(expected) if expected < Fraction(sys.float_info.max) else np.inf)
+
+
+def test_a_constant_channel_has_no_variance_at_all():
+    bn = fastbn.BatchNorm(2)
+    fastbn.calibrate(bn, [np.full((n, 2), [0.1, 1e30], np.float32) for n in (3, 1, 8)])
+    assert_array_equal(bn.running_mean, np.array([0.1, 1e30], np.float32))
+    assert_array_equal(bn.running_var, [0.0, 0.0])
+
+
+def test_cumulative_is_the_average_of_batches(rng):
+    """The paper's E[mu] and m/(m-1) E[sigma^2]. Seeded bug: weights by size, or the biased variance."""
+    batches = [part for part in pieces(data(rng)) if len(part) > 1]
+    bn = fastbn.BatchNorm(3)
+    bn.num_batches_tracked = 5
+    fastbn.calibrate(bn, batches, "cumulative")
+    found = [twin.moments(part) for part in batches]
+    assert_close(bn.running_mean, np.mean([m.mean for m in found], axis=0))
+    expected = np.mean([m.var(ddof=1) for m in found], axis=0)
+    assert_close(bn.running_var, expected, scale=expected)
+    assert bn.num_batches_tracked == len(batches)
+    equal = np.split(data(rng)[:1000], 10)  # where all batches have m values, it is the formula of algorithm 2
+    fastbn.calibrate(bn, equal, "cumulative")
+    m = equal[0].size // 3
+    expected = m / (m - 1) * np.mean([twin.moments(part).var() for part in equal], axis=0)
+    assert_close(bn.running_var, expected, scale=expected)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.7, None])
+def test_ema_is_what_training_does(rng, momentum):
+    """Bit for bit, and from where the statistics are. Seeded bugs: starting afresh, a counter that stands still."""
+    batches = [part for part in pieces(data(rng)) if len(part) > 1]
+    trained, calibrated = (fastbn.BatchNorm(3, momentum=momentum) for _ in range(2))
+    for batch in batches[:2]:
+        trained(batch)
+    calibrated.load_state_dict(trained.state_dict())
+    for batch in batches:
+        trained(batch)
+    fastbn.calibrate(calibrated, batches, "ema")
+    assert bits(calibrated) == bits(trained)
+
+
+def test_a_layer_sees_the_batch_statistics_of_those_before(rng):
+    """Seeded bug: layers that run in their own mode, of which the first here is training and the second is not."""
+    batches = pieces(data(rng))
+    network = Network().change()
+    first, head = network.layers
+    fastbn.calibrate(network, batches)
+    inner = np.concatenate(
+        [np.tanh(twin.batch_norm_forward(part, first.weight, first.bias)[0]) + part for part in batches]
+    ).astype(np.float32)
+    reference = twin.moments(inner)
+    assert_close(head.running_mean, reference.mean, scale=np.sqrt(reference.var()))
+    assert_close(head.running_var, reference.var(ddof=1), scale=reference.var(ddof=1))
+    assert (first.num_batches_tracked, head.num_batches_tracked) == (len(SIZES), len(SIZES))
+
+
+def test_layers_one_after_another_fit_eval_mode(rng):
+    """The recipe of the docstring: then every layer has the statistics of what it is given in eval mode."""
+    batches = pieces(data(rng))
+    network = Network().change()
+    first, head = network.layers
+    first.eval()
+    for layer in (first, head):
+        fastbn.calibrate(network, batches, layers=layer)
+    given = np.concatenate([np.tanh(first(part)) + part for part in batches])
+    reference = twin.moments(given)
+    assert_close(head.running_mean, reference.mean, scale=np.sqrt(reference.var()))
+    assert_close(head.running_var, reference.var(ddof=1), scale=reference.var(ddof=1))
+
+
+@pytest.mark.parametrize("method", ["exact", "ema", "cumulative"])
+def test_nothing_but_statistics_changes(rng, method):
+    """Neither modes, classes nor parameters, nor what a layer remembers. Seeded bug: calls that remember their x."""
+    x, dy = data(rng)[:50], data(rng)[:50]
+    network, twin_network = Network().change(), Network().change()
+    for net in (network, twin_network):
+        net.first(x)
+    before = [set(vars(layer)) for layer in network.layers]
+    fastbn.calibrate(network, [x[:20], x[20:]], method)
+    assert [layer.training for layer in network.layers] == [True, False]
+    assert [type(layer) for layer in network.layers] == [fastbn.BatchNorm] * 2
+    assert [set(vars(layer)) for layer in network.layers] == before
+    assert_array_equal(network.first.weight, twin_network.first.weight)
+    assert_array_equal(network.first.backward(dy), twin_network.first.backward(dy))
+    assert network.first.running_mean[0] != twin_network.first.running_mean[0]
+
+
+class StopNowError(BaseException):
+    """What no handler of exceptions catches."""
+
+
+def nonfinite(x):
+    bad = x.copy()
+    bad[1, 2] = np.nan
+    return [x, bad]
+
+
+def breaking_off(x):
+    yield x
+    raise OSError("the disk is gone")
+
+
+def interrupted(x):
+    yield x
+    raise StopNowError("stop now")
+
+
+FAILURES = {
+    "nan": (nonfinite, ValueError, r"first must be given finite data.* channels \[2\](?s:.)*in batch 1"),
+    "shape": (lambda x: [x, x[:, :2]], ValueError, r"3 channels along axis 1(?s:.)*in first(?s:.)*in batch 1"),
+    "dimensions": (lambda x: [x, x[0, 0, 0]], ValueError, "(?s:.)*in batch 1"),
+    "type": (lambda x: [x, "x"], TypeError, "(?s:.)*in batch 1"),
+    "none": (lambda x: [], ValueError, "batches must have at least one batch, got none"),
+    "empty": (lambda x: [x[:0], x[:0]], ValueError, "first was given no data by any batch"),
+    "tuple": (lambda x: [(x, 1), ()], ValueError, "batch 1 must begin with the data, got an empty tuple"),
+    "one value": (lambda x: [x, x[:1, :, :1, :1]], ValueError, "more than 1 value per channel"),
+    "iterator": (breaking_off, OSError, "the disk is gone"),
+    "interrupt": (interrupted, StopNowError, "stop now"),
+    "array": (lambda x: x, TypeError, "batches must be an iterable of batches, got ndarray: put a single batch"),
+    "number": (lambda x: 3, TypeError, "batches must be an iterable of batches, got int"),
+    "large": (lambda x: [x * np.float32(1e35), -x * np.float32(1e35)], ValueError, "variance over all batches that is"),
+}
+
+
+@pytest.mark.parametrize("method", ["exact", "ema", "cumulative"])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_on_any_error_all_is_as_it_was(rng, failure, method):
+    """Seeded bugs: statistics that are written as they come, classes that are not put back."""
+    make, error, message = FAILURES[failure]
+    network = Network().change()
+    before = [bits(layer) for layer in network.layers]
+    held = [set(vars(layer)) for layer in network.layers]
+    with pytest.raises(error, match=message):
+        fastbn.calibrate(network, make(data(rng)[:50]), method)
+    assert [bits(layer) for layer in network.layers] == before
+    assert [type(layer) for layer in network.layers] == [fastbn.BatchNorm] * 2
+    assert [set(vars(layer)) for layer in network.layers] == held
+    assert [layer.training for layer in network.layers] == [True, False]
+
+
+def test_all_layers_change_or_none(rng):
+    """The head alone overflows. Seeded bug: the first layer committed before the second is known to fit."""
+    network = Network(rest=[{"head": fastbn.BatchNorm(3)}])
+    before = bits(network.first)
+    with pytest.raises(ValueError, match=r"rest\.0\.head has a variance over all batches that is not finite"):
+        fastbn.calibrate(
+            lambda x: network.rest[0]["head"](network.first(x) * np.float32(1e20)), [data(rng)[:9]], layers={
+                "first": network.first, "rest.0.head": network.rest[0]["head"]
+            }
+        )  # fmt: skip
+    assert bits(network.first) == before
+
+
+def test_a_layer_alone_takes_single_values(rng):
+    """Its output is not asked for, so a batch may have one value per channel. Seeded bug: a call of the layer."""
+    x = rng.normal(size=(5, 2)).astype(np.float32)
+    bn = fastbn.BatchNorm(2)
+    fastbn.calibrate(bn, (row[None] for row in x))
+    assert_close(bn.running_var, twin.moments(x).var(ddof=1))
+    for method, message in (("exact", "more than 1 value per channel for a variance, got 1"), ("cumulative", "got 1")):
+        with pytest.raises(ValueError, match=message):
+            fastbn.calibrate(bn, [x[:1]], method)
+
+
+def test_empty_batches_do_not_count(rng):
+    x = data(rng)
+    for method in ("exact", "ema", "cumulative"):
+        bn, other = fastbn.BatchNorm(3), fastbn.BatchNorm(3)
+        fastbn.calibrate(bn, [x[:0], x[:40], x[:0], x[40:]], method)
+        fastbn.calibrate(other, [x[:40], x[40:]], method)
+        assert bits(bn) == bits(other)
+        assert bn.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("method", ["exact", "ema", "cumulative"])
+def test_a_network_of_one_layer_is_that_layer(rng, method):
+    """With a residual, in place and on another axis, too."""
+    x = data(rng)
+    bn, other = (fastbn.BatchNorm(3, channel_axis=-1, activation="relu") for _ in range(2))
+    nhwc = [np.ascontiguousarray(part.transpose(0, 2, 3, 1)) for part in (x[:40], x[40:])]
+    fastbn.calibrate(bn, [part.copy() for part in nhwc], method)
+
+    def network(batch):
+        y = other(batch, residual=batch.copy(), out=batch)
+        assert y is batch
+        assert y.min() == 0
+
+    fastbn.calibrate(network, [part.copy() for part in nhwc], method)
+    assert bits(bn) == bits(other)
+
+
+def test_a_layer_that_is_called_twice_sees_both(rng):
+    x = data(rng)
+    bn, other = fastbn.BatchNorm(3), fastbn.BatchNorm(3)
+    fastbn.calibrate(lambda batch: (bn(batch), bn.forward(-batch)), [x])
+    fastbn.calibrate(other, [x, -x])
+    assert bits(bn) == bits(other)
+
+
+def test_a_network_may_use_threads(rng):
+    """Seeded bug: collecting without a lock, or from this thread alone."""
+    parts = pieces(data(rng))
+    bn, other = fastbn.BatchNorm(3), fastbn.BatchNorm(3)
+    with ThreadPoolExecutor(4) as pool:
+        fastbn.calibrate(lambda batch: list(pool.map(bn, [batch[0:9], batch[9:20]] * 50)), [parts[2]], layers=bn)
+    fastbn.calibrate(other, [parts[2][0:9], parts[2][9:20]] * 50)
+    assert bits(bn) == bits(other)
+
+
+class Halved(fastbn.BatchNorm):
+    """A subclass that does something around the call, which calibration must go through."""
+
+    def __call__(self, x, residual=None, out=None):
+        return super().__call__(x * np.float32(0.5), residual, out)
+
+
+def test_a_subclass_keeps_its_call(rng):
+    x = data(rng)
+    bn, other = Halved(3), fastbn.BatchNorm(3)
+    fastbn.calibrate(lambda batch: bn(batch), [x])
+    fastbn.calibrate(other, [x * np.float32(0.5)])
+    assert type(bn) is Halved
+    assert_array_equal(bn.running_mean, other.running_mean)
+
+
+class Slotted:
+    __slots__ = ("empty", "layer")
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def run(self, x):
+        return self.layer(x)
+
+
+class Circle:
+    def __init__(self, layer):
+        self.me, self.layers = self, {"a": [layer, layer], "b": (self,)}
+
+    def __call__(self, x):
+        return self.layers["a"][0](x)
+
+
+GLOBAL = fastbn.BatchNorm(3)
+
+
+def through_a_name(x):
+    return named(x)
+
+
+def named(x):
+    return [GLOBAL(part) for part in (x,)]
+
+
+def held_by_a_default(x, layer=GLOBAL):
+    return layer(x)
+
+
+def holders():
+    layer = fastbn.BatchNorm(3)
+    module = types.SimpleNamespace(_modules={"bn1": layer})
+    yield "attribute", types.SimpleNamespace(bn=layer), "bn"
+    yield "slots", Slotted(layer), "layer"
+    yield "method", Slotted(layer).run, "__self__.layer"
+    yield "forward", layer.forward, "__self__"
+    yield "partial", functools.partial(Slotted.run, Slotted(layer)), "args.0.layer"
+    yield "closure", lambda x: layer(x), "layer"
+    yield "circle", Circle(layer), "layers.a.0"
+    yield "dataclass", Network(layer, []), "first"
+    yield "module", module, "bn1"
+    yield "global", through_a_name, "named.GLOBAL"
+    yield "default", held_by_a_default, "defaults.0"
+    yield "set", {layer}, "0"
+    yield "itself", layer, "network"
+
+
+@pytest.mark.parametrize(("holder", "name"), [pytest.param(h, name, id=case) for case, h, name in holders()])
+def test_layers_are_found(holder, name):
+    assert list(find_layers(holder)) == [name]
+
+
+def test_layers_are_found_in_order_and_once():
+    layers = [fastbn.BatchNorm(i + 1) for i in range(5)]
+    network = [layers[0], {"left": [layers[1], layers[2]], "right": layers[3]}, layers[0], layers[4]]
+    assert list(find_layers(network).values()) == layers
+    deep = layers[0]
+    for _ in range(10_000):  # deeper than Python's stack
+        deep = [deep]
+    assert list(find_layers(deep).values()) == layers[:1]
+
+
+def test_layers_can_be_named(rng):
+    """The others run as they are, so those that are not named keep their statistics in eval mode."""
+    x = data(rng)[:50]
+    network = Network().change()
+    first, head = network.layers
+    first.eval()
+    for layers in (head, [head], [head, head], {"h": head}, iter([head])):
+        network.change()
+        before = bits(first)
+        fastbn.calibrate(network, [x], layers=layers)
+        assert bits(first) == before
+        assert head.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((3, []), {}, TypeError, "network must be a BatchNorm or a callable, got int"),
+        ((len, []), {}, ValueError, "network must hold a BatchNorm, and none was found in builtin_function_or_method"),
+        ((Network(), [], "best"), {}, ValueError, r"method must be one of \('exact', .*\), got 'best'"),
+        ((Network(), [], None), {}, TypeError, "method must be one of .* got NoneType"),
+        ((Network(), []), {"layers": []}, ValueError, "layers must have at least one BatchNorm, got none"),
+        ((Network(), []), {"layers": [3]}, TypeError, r"layers must be of BatchNorm, got int \(layers.0\)"),
+        ((Network(), []), {"progress": 1}, TypeError, "progress"),
+        (
+            (fastbn.BatchNorm(3, track_running_stats=False), []),
+            {},
+            ValueError,
+            "network must hold a BatchNorm with running statistics",
+        ),
+        (
+            (Network(), []),
+            {"layers": {"a": fastbn.BatchNorm(3, track_running_stats=False)}},
+            ValueError,
+            "track_running_stats=False in a",
+        ),
+        (
+            (Network(), [np.ones((4, 3), np.float32)]),
+            {"layers": {"spare": fastbn.BatchNorm(3)}},
+            ValueError,
+            "spare was given no data by any batch: name the layers",
+        ),
+    ],
+)
+def test_arguments_are_checked(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        fastbn.calibrate(*arguments, **options)
+
+
+def test_one_at_a_time(rng):
+    x = data(rng)[:20]
+    network = Network()
+    network.before = lambda _: fastbn.calibrate(network, [x])
+    with pytest.raises(RuntimeError, match="by one call at a time"):
+        fastbn.calibrate(network, [x])
+    assert [type(layer) for layer in network.layers] == [fastbn.BatchNorm] * 2
+
+
+class Bar:
+    """tqdm, as far as it is used."""
+
+    made: list = []  # noqa: RUF012
+
+    def __init__(self, iterable, **options):
+        self.iterable, self.seen = iterable, 0
+        Bar.made.append((self, options))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.closed = True
+
+    def __iter__(self):
+        for item in self.iterable:
+            self.seen += 1
+            yield item
+
+
+def test_progress(rng, monkeypatch):
+    """None leaves it to tqdm whether stderr is a terminal. Seeded bug: a bar that True or False does not rule."""
+    x = data(rng)
+    monkeypatch.setattr(Bar, "made", [])
+    monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=Bar))
+    for progress, disable in ((True, False), (None, None)):
+        fastbn.calibrate(fastbn.BatchNorm(3), [x, x], progress=progress)
+        bar, options = Bar.made.pop()
+        assert (bar.seen, bar.closed, options["disable"]) == (2, True, disable)
+    fastbn.calibrate(fastbn.BatchNorm(3), [x], progress=False)
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # as if it were not installed
+    fastbn.calibrate(fastbn.BatchNorm(3), [x])
+    with pytest.raises(ImportError, match="progress=True needs tqdm"):
+        fastbn.calibrate(fastbn.BatchNorm(3), [x], progress=True)
+    assert Bar.made == []
