@@ -16,6 +16,7 @@ from fastbn._functional import (
     moments,
     normalize,
 )
+from fastbn._gap import GapReport, LayerGap, train_eval_gap
 from fastbn._layer import BatchNorm
 from fastbn._memory import get_recycle_limit, release_memory, set_recycle_limit
 from fastbn._moments import Moments
@@ -27,6 +28,8 @@ __all__ = [
     "BatchNorm",
     "FoldReport",
     "FrozenBatchNorm",
+    "GapReport",
+    "LayerGap",
     "Moments",
     "__version__",
     "backward_apply",
@@ -49,4 +52,5 @@ __all__ = [
     "set_num_threads",
     "set_recycle_limit",
     "show_config",
+    "train_eval_gap",
 ]

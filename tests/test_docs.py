@@ -103,7 +103,7 @@ def test_readme_runs(tmp_path, monkeypatch):
 
 def test_readme_names_all_that_is_public():
     told = set(re.findall(r"\w+", " ".join(spans(ROOT / "README.md"))))
-    assert set(fastbn.__all__) - told == {"__version__", "FoldReport", "Moments"}
+    assert set(fastbn.__all__) - told == {"__version__", "FoldReport", "GapReport", "LayerGap", "Moments"}
 
 
 @every_page

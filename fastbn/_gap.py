@@ -1,0 +1,319 @@
+"""_gap.py -- how far training mode and eval mode differ on given batches, layer by layer, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbn import _native
+from fastbn._calibrate import ExactSums, check_batch
+from fastbn._layer import BatchNorm
+from fastbn._moments import Moments
+from fastbn._watch import Layers, feed, named_layers, watched
+
+__all__ = ["GapReport", "LayerGap", "train_eval_gap"]
+
+_Array = NDArray[Any]
+_Float64 = NDArray[np.float64]
+
+# Averaging leaves noise of which this multiple is still taken for noise; and what undoing the initial statistics leaves
+# of a distance, if these explain it, is below one over this.
+_CLEARLY = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerGap:
+    """One layer of a `GapReport`. Root mean squares are over all values, before residual and activation.
+
+    Attributes
+    ----------
+    name : str
+        The path to the layer.
+    gap : float
+        Of the difference between what training and eval mode make of the same input, over that of training mode.
+    noise : float
+        What would be left of it with the statistics of all the batches for running ones: batches differ.
+    stale : float
+        What the running statistics add: between eval mode with them and with those of all the batches.
+    worst_channel : int
+        Where the difference is largest.
+    worst_gap : float
+        The difference there, over the same.
+    mean_off, worst_mean_off : float
+        From the running mean to that of all the batches, in their standard deviations: root mean square over channels,
+        and the largest.
+    deviation_ratio : float
+        The running standard deviation over that of all the batches: geometric mean over channels.
+    values : float
+        Per channel in a batch, on average.
+    cause : {None, "small batch", "momentum", "too few batches", "drift"}
+        Where `gap` is above the tolerance.
+    advice : str
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> x = np.random.default_rng(0).normal(size=(8, 64, 2)).astype(np.float32)
+    >>> report = fastbn.train_eval_gap(fastbn.BatchNorm(2), list(x + 9))
+    >>> report.layers[0].cause, round(report.layers[0].mean_off)
+    ('too few batches', 9)
+    """
+
+    name: str
+    gap: float
+    noise: float
+    stale: float
+    worst_channel: int
+    worst_gap: float
+    mean_off: float
+    worst_mean_off: float
+    deviation_ratio: float
+    values: float
+    cause: str | None
+    advice: str
+
+
+@dataclasses.dataclass(frozen=True)
+class GapReport:
+    """What `train_eval_gap` found. It prints as a table, and advice.
+
+    Attributes
+    ----------
+    layers : tuple of LayerGap
+    batches : int
+        How many there were.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> x = np.random.default_rng(0).normal(size=(8, 64, 2)).astype(np.float32)
+    >>> print(fastbn.train_eval_gap(fastbn.BatchNorm(2), list(x + 9)))
+    layer ... gap  noise  stale  worst channel  mean off, sd  sd ratio  cause
+    network ... too few batches
+    network: the initial statistics still weigh 100% after 0 batches with momentum 0.1: calibrate, train longer, ...
+    """
+
+    layers: tuple[LayerGap, ...]
+    batches: int
+
+    def __str__(self) -> str:
+        head = ("layer", "gap", "noise", "stale", "worst channel", "mean off, sd", "sd ratio", "cause")
+        rows = [head] + [
+            (
+                layer.name, _short(layer.gap), _short(layer.noise), _short(layer.stale),
+                f"{layer.worst_channel}: {_short(layer.worst_gap)}", _short(layer.mean_off),
+                _short(layer.deviation_ratio), layer.cause or "-",
+            )
+            for layer in self.layers
+        ]  # fmt: skip
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        last = len(head) - 1
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i in (0, last) else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        lines += [f"{layer.name}: {layer.advice}" for layer in self.layers if layer.cause]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def train_eval_gap(
+    network: Callable[[Any], Any],
+    batches: Iterable[Any],
+    *,
+    layers: Layers | None = None,
+    tolerance: float = 0.1,
+    progress: bool | None = None,
+) -> GapReport:
+    """Measure how far training and eval mode of batch norm layers differ on given batches, and say why.
+
+    Parameters
+    ----------
+    network, batches, layers, progress
+        As of `calibrate`. At least two batches, of the size that training has.
+    tolerance : float, default 0.1
+        The gap up to which nothing is wrong.
+
+    Returns
+    -------
+    GapReport
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError, ImportError
+        As of `calibrate`; ValueError also if there are fewer than two batches.
+
+    Notes
+    -----
+    While it measures, every layer normalizes with the statistics of its batch, as in training, so that it answers for
+    its own running statistics and not for those of the layers before it. Nothing of any layer changes.
+
+    The gap has two parts, whose squares add up nearly. The one is *noise*: batches differ from one another, and more so
+    the smaller they are: ``small batch``. The other is that the running statistics are *stale*, which `calibrate`
+    mends. It is put down to ``momentum`` if averaging with so large a one leaves as much noise; where it is the larger
+    of the two, to ``too few batches`` if it vanishes once the share ``(1 - momentum) ** num_batches_tracked`` of the
+    initial statistics, zeros and ones, is taken out; else to ``drift``: these batches are not of the data, or the
+    weights before the layer no longer those, that the statistics are of.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> x = np.random.default_rng(0).normal(size=(8, 64, 2)).astype(np.float32)
+    >>> report = fastbn.train_eval_gap(fastbn.BatchNorm(2), list(x + 9))
+    >>> report.batches, report.layers[0].cause
+    (8, 'too few batches')
+    """
+    if not callable(network):
+        raise TypeError(f"network must be a BatchNorm or a callable, got {type(network).__name__}")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float, np.integer, np.floating)):
+        raise TypeError(f"tolerance must be a number, got {type(tolerance).__name__}")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+    observers = [_Observer(name, layer) for name, layer in named_layers(network, layers).items()]
+    with watched((o.layer, o.instead) for o in observers):
+        count = feed(batches, network, "train_eval_gap", progress)
+    return GapReport(tuple(o.report(float(tolerance)) for o in observers), count)
+
+
+class _Observer:
+    """The moments of all batches that a layer is given. Its network may call it from several threads."""
+
+    def __init__(self, name: str, layer: BatchNorm) -> None:
+        self.name, self.layer = name, layer
+        self.lock = threading.Lock()
+        self.parts: list[Moments] = []
+
+    def instead(self, x: Any, residual: Any, out: Any) -> _Array:
+        layer = self.layer
+        found = check_batch(self.name, layer, x)
+        y, _ = _native.forward(
+            x, layer._weight, layer._bias, layer.eps, layer.channel_axis, layer.activation, layer.negative_slope,
+            residual, out,
+        )  # fmt: skip
+        if found.count:
+            with self.lock:
+                self.parts.append(found)
+        return y if out is None else out
+
+    def report(self, tolerance: float) -> LayerGap:
+        layer, parts = self.layer, self.parts
+        if len(parts) < 2:
+            raise ValueError(f"{self.name} must be given at least 2 batches with data, got {len(parts)}")
+        sums = ExactSums(layer.num_features)
+        for part in parts:
+            sums.add(part)
+        weight = _wide(layer._weight, 1.0, layer.num_features)
+        bias = _wide(layer._bias, 0.0, layer.num_features)
+        state = layer.state_dict()
+        running = state["running_mean"].astype(np.float64), state["running_var"].astype(np.float64)
+        tracked = int(state["num_batches_tracked"])
+        whole = sums.mean(), sums.var()
+        counts = np.array([part.count for part in parts])
+        share = counts / counts.sum()
+        means, variances = np.stack([p.mean for p in parts]), np.stack([p.var() for p in parts])
+        scales = _scale(weight, variances, layer.eps)
+
+        def squared(mean: _Float64, var: _Float64) -> _Float64:
+            """The mean square, by channel, between a batch normalized with its own statistics and with these."""
+            scale = _scale(weight, var, layer.eps)
+            return _total(share @ (variances * (scales - scale) ** 2 + ((means - mean) * scale) ** 2))
+
+        def apart(mean: _Float64, var: _Float64) -> float:
+            """The mean square between all batches normalized with these statistics and with their own."""
+            a, b = _scale(weight, var, layer.eps), _scale(weight, whole[1], layer.eps)
+            return float(np.mean(whole[1] * (a - b) ** 2 + ((whole[0] - mean) * a) ** 2)) if mean.size else 0.0
+
+        by_channel = squared(*running)
+        size = float(np.mean(share @ (variances * scales**2) + bias**2)) if weight.size else 0.0
+        noise, stale = float(np.mean(squared(*whole))) if weight.size else 0.0, apart(*running)
+        off = np.abs(running[0] - whole[0]) / np.sqrt(np.maximum(whole[1] + layer.eps, np.finfo(np.float64).tiny))
+        ratio = np.sqrt((running[1] + layer.eps) / np.maximum(whole[1] + layer.eps, np.finfo(np.float64).tiny))
+        gap = _relative(float(np.mean(by_channel)) if weight.size else 0.0, size)
+        cause = advice = None
+        if gap > tolerance:
+            cause, advice = self._cause(noise, stale, apart, running, tracked, len(parts), float(counts.mean()), off)
+        worst = int(np.argmax(by_channel)) if weight.size else 0
+        return LayerGap(
+            name=self.name,
+            gap=gap,
+            noise=_relative(noise, size),
+            stale=_relative(stale, size),
+            worst_channel=worst,
+            worst_gap=_relative(float(by_channel[worst]), size) if weight.size else 0.0,
+            mean_off=float(np.sqrt(np.mean(off**2))) if weight.size else 0.0,
+            worst_mean_off=float(off.max(initial=0.0)),
+            deviation_ratio=float(np.exp(np.mean(np.log(np.maximum(ratio, 1e-300))))) if weight.size else 1.0,
+            values=float(counts.mean()),
+            cause=cause,
+            advice=advice or "nothing: the modes agree",
+        )
+
+    def _cause(
+        self,
+        noise: float,
+        stale: float,
+        apart: Callable[[_Float64, _Float64], float],
+        running: tuple[_Float64, _Float64],
+        tracked: int,
+        batches: int,
+        values: float,
+        off: _Float64,
+    ) -> tuple[str, str]:
+        momentum = self.layer.momentum
+        # The share of the noise of a batch that its average with those before it keeps.
+        kept = 1.0 / max(tracked, 1) if momentum is None else momentum / (2.0 - momentum)
+        of_noise = tracked > 0 and noise / _CLEARLY < stale <= _CLEARLY * (kept + 1.0 / batches) * noise
+        if of_noise and kept > 1.0 / _CLEARLY:
+            return "momentum", (
+                f"momentum {momentum} lets the last batches rule the running statistics: lower it, or calibrate"
+            )
+        if noise >= stale:
+            return "small batch", (
+                f"a batch of {values:.4g} values per channel is too small to tell what the data are; the running "
+                "statistics are no worse than that. Train on larger batches"
+            )
+        initial = 0.0 if momentum is None and tracked else (1.0 - (momentum or 0.0)) ** tracked
+        if initial < 1.0:
+            undone = running[0] / (1.0 - initial), np.maximum(running[1] - initial, 0.0) / (1.0 - initial)
+            explained = apart(*undone) < stale / _CLEARLY
+        else:
+            explained = bool((running[0] == 0).all() and (running[1] == 1).all())
+        if explained:
+            return "too few batches", (
+                f"the initial statistics still weigh {initial:.0%} after {tracked} batches with momentum {momentum}: "
+                "calibrate, train longer, or raise momentum"
+            )
+        return "drift", (
+            f"the running statistics are not of these data: channel means are up to {off.max(initial=0.0):.3g} "
+            "standard deviations away. Calibrate on training data if the weights have moved; else look at the data"
+        )
+
+
+def _wide(parameter: _Array | None, default: float, channels: int) -> _Float64:
+    return np.full(channels, default) if parameter is None else parameter.astype(np.float64)
+
+
+def _scale(weight: _Float64, var: _Float64, eps: float) -> _Float64:
+    with np.errstate(divide="ignore"):
+        scale: _Float64 = np.where(var + eps > 0, weight / np.sqrt(var + eps), 0.0)
+    return scale
+
+
+def _total(values: Any) -> _Float64:
+    array: _Float64 = np.asarray(values, np.float64)
+    return array
+
+
+def _relative(square: float, size: float) -> float:
+    return float(np.sqrt(square / size)) if size else (0.0 if not square else float("inf"))
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"
