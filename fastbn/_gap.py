@@ -93,7 +93,7 @@ class GapReport:
     >>> import numpy as np, fastbn
     >>> x = np.random.default_rng(0).normal(size=(8, 64, 2)).astype(np.float32)
     >>> print(fastbn.train_eval_gap(fastbn.BatchNorm(2), list(x + 9)))
-    layer ... gap  noise  stale  worst channel  mean off, sd  sd ratio  cause
+    layer     gap  noise  stale  worst channel  mean off, sd  sd ratio  cause
     network ... too few batches
     network: the initial statistics still weigh 100% after 0 batches with momentum 0.1: calibrate, train longer, ...
     """
