@@ -33,6 +33,7 @@ _layers: weakref.WeakValueDictionary[int, BatchNorm] = weakref.WeakValueDictiona
 
 
 def _renew_locks() -> None:
+    _native.renew_lock()
     for layer in list(_layers.values()):
         layer._lock = threading.RLock()
 

@@ -158,20 +158,29 @@ cdef extern from "numpy/arrayobject.h":
     cnp.ndarray PyArray_NewLikeArray(cnp.ndarray, cnp.NPY_ORDER, PyObject *, int)
 
 # Parameters and running statistics are read and written in loops that nothing interrupts while there is a GIL. Where
-# there is none, one lock does the same. Nothing under it calls Python, so no fork finds it held.
+# there is none, one lock does the same. A forked child renews it: it may have been handed to a thread that is gone.
 cdef extern from *:
     """
     #if defined(Py_GIL_DISABLED)
     static PyMutex fbn_numbers_mutex;
     #define fbn_lock_numbers() PyMutex_Lock(&fbn_numbers_mutex)
     #define fbn_unlock_numbers() PyMutex_Unlock(&fbn_numbers_mutex)
+    #define fbn_renew_numbers() ((void)(fbn_numbers_mutex = (PyMutex){0}))
     #else
     #define fbn_lock_numbers() ((void)0)
     #define fbn_unlock_numbers() ((void)0)
+    #define fbn_renew_numbers() ((void)0)
     #endif
     """
     void lock_numbers "fbn_lock_numbers"() noexcept
     void unlock_numbers "fbn_unlock_numbers"() noexcept
+    void renew_numbers "fbn_renew_numbers"() noexcept
+
+
+def renew_lock():
+    """For a forked child, before it has threads."""
+    renew_numbers()
+
 
 # Around a call of the core: other threads may run Python meanwhile, unless it is over before they could.
 cdef extern from *:

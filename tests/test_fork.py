@@ -117,3 +117,37 @@ def test_fork_while_another_thread_is_inside_a_call(work):
     assert codes == [0] * FORKS
     assert not failures
     assert work()
+
+
+def test_fork_while_threads_wait_for_a_layers_numbers():
+    """Row 1, 60 forks. Seeded bug, where there is no GIL: a child that does not renew the lock of _native.pyx, which
+    may have been handed to a thread that it does not have.
+    """
+    x = np.random.default_rng(0).standard_normal((2, 4096), dtype=np.float32)
+    bn = fastbn.BatchNorm(4096)
+    stop = threading.Event()
+
+    def call(function):
+        while not stop.is_set():
+            function()
+
+    def read():
+        fastbn.normalize(x, bn.running_mean, bn.running_var)
+
+    callers = [threading.Thread(target=call, args=(f,)) for f in [lambda: bn(x)] * 2 + [read] * 10]
+    for caller in callers:
+        caller.start()
+    try:
+        codes = []
+        for _ in range(3 * FORKS):
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(3)
+                read()
+                os._exit(0)
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    finally:
+        stop.set()
+        for caller in callers:
+            caller.join()
+    assert codes == [0] * 60
