@@ -66,21 +66,9 @@ bool fbn_pass_ready(fbn_pass *pass, const fbn_geometry *g, fbn_act act, fbn_op o
 
 /* ---- reduce ---- */
 
-/* Whether short planes are summed side by side, as columns. That follows from geometry, strides and dtype, so that the
- * result does not depend on anything else; in a backward a gate has words for every plane, which do not join up. */
-static bool fbn_by_planes(const fbn_pass *pass)
-{
-    const fbn_geometry *g = &pass->g;
-    return g->family == FBN_ROWS && g->inner >= FBN_PLANE_MIN && g->inner <= FBN_PLANE_MAX &&
-           fbn_adjacent(g, &pass->x) && (!pass->backward || (pass->gate == NULL && fbn_adjacent(g, &pass->other)));
-}
-
 static int64_t fbn_strips(const fbn_pass *pass)
 {
     const fbn_geometry *g = &pass->g;
-    if (fbn_by_planes(pass)) {
-        return fbn_strips_planes(g->outer);
-    }
     return g->family == FBN_ROWS ? fbn_blocks_rows(g->outer, g->inner).strips : fbn_strips_cols(g->outer);
 }
 
@@ -88,8 +76,8 @@ static int64_t fbn_strips(const fbn_pass *pass)
 static double fbn_strips_count(const fbn_pass *pass, const fbn_blocks *b, int64_t strips, int64_t from, int64_t to)
 {
     const fbn_geometry *g = &pass->g;
-    if (g->family == FBN_COLS || fbn_by_planes(pass)) {
-        return (double)((fbn_part(g->outer, to, strips) - fbn_part(g->outer, from, strips)) * g->inner);
+    if (g->family == FBN_COLS) {
+        return (double)(fbn_part(g->outer, to, strips) - fbn_part(g->outer, from, strips));
     }
     int64_t first = fbn_part(b->count, from, strips);
     int64_t last = fbn_part(b->count, to, strips);
@@ -101,105 +89,65 @@ static double fbn_strips_count(const fbn_pass *pass, const fbn_blocks *b, int64_
     return (double)(end - begin);
 }
 
-static void fbn_reduce_rows(const fbn_pass *pass, fbn_partials *p, const fbn_blocks *blocks, const double *mean,
-                            const fbn_coefs *coefs, int64_t c, int64_t strip)
+/* Reduces one strip of channels [first, last). */
+static void fbn_reduce_strip(const fbn_pass *pass, fbn_partials *p, const double *mean, const fbn_coefs *coefs,
+                             fbn_room *room, int64_t first, int64_t last, int64_t strip)
 {
     const fbn_geometry *g = &pass->g;
+    const bool rows = g->family == FBN_ROWS;
     int64_t size = fbn_dtype_size(g->dtype);
-    int64_t first = fbn_part(blocks->count, strip, p->strips);
-    int64_t last = fbn_part(blocks->count, strip + 1, p->strips);
-    int64_t at = strip * g->channels + c;
-    /* The hardware's prefetcher loses its place at the end of every plane: fetch as many planes ahead as it takes. */
-    int64_t planes = fbn_ceil_div(FBN_REACH, g->inner * size);
-    if (!pass->backward) {
-        fbn_moment m;
-        pass->kernels->moments_rows(fbn_at(&pass->x, size, 0, c, 0), pass->x.outer_stride, g->outer, g->inner, blocks,
-                                    first, last, planes * pass->x.outer_stride * size, &m);
-        p->a[at] = m.mean;
-        p->b[at] = m.lo;
-        p->c[at] = m.m2;
-        return;
+    int64_t at = strip * g->channels + first;
+    fbn_blocks blocks = {0};
+    int64_t begin = 0; /* rows: blocks; cols: rows */
+    int64_t end = 0;
+    if (rows) {
+        blocks = fbn_blocks_rows(g->outer, g->inner);
+        begin = fbn_part(blocks.count, strip, p->strips);
+        end = fbn_part(blocks.count, strip + 1, p->strips);
+    } else {
+        begin = fbn_part(g->outer, strip, p->strips);
+        end = fbn_part(g->outer, strip + 1, p->strips);
     }
+    /* The hardware's prefetcher loses its place at the end of every plane: fetch as many planes ahead as it takes. */
+    int64_t planes = rows ? fbn_ceil_div(FBN_REACH, (last - first) * g->inner * size) : 0;
     fbn_span span = {
-        .x = fbn_at(&pass->x, size, 0, c, 0),
-        .other = fbn_at(&pass->other, size, 0, c, 0),
-        .gate = fbn_gate_at(pass, 0, c),
+        .x = fbn_at(&pass->x, size, rows ? 0 : begin, first, 0),
+        .other = fbn_at(&pass->other, size, rows ? 0 : begin, first, 0),
+        .gate = fbn_gate_at(pass, rows ? 0 : begin, first),
         .x_stride = pass->x.outer_stride,
         .other_stride = pass->other.outer_stride,
-        .gate_stride = fbn_gate_words(g) * g->channels,
-        .width = g->inner,
+        .gate_stride = fbn_gate_words(g) * (rows ? g->channels : 1),
+        .rows = rows ? g->outer : end - begin,
+        .width = rows ? g->inner : last - first,
+        .x_next = pass->x.channel_stride,
+        .other_next = pass->other.channel_stride,
+        .gate_next = fbn_gate_words(g),
         .ahead = planes * pass->x.outer_stride * size,
         .other_ahead = planes * pass->other.outer_stride * size,
     };
-    fbn_coef k = fbn_coefs_at(coefs, c);
-    pass->kernels->backward_reduce_rows(&span, &k, pass->rule, g->outer, blocks, first, last, mean[c], &p->a[at],
-                                        &p->b[at]);
-}
-
-/* Columns that are channels, or, in the rows family, the elements of short planes. */
-static void fbn_reduce_cols(const fbn_pass *pass, fbn_partials *p, const double *mean, const fbn_coefs *coefs,
-                            fbn_room *room, int64_t first, int64_t last, int64_t strip)
-{
-    const fbn_geometry *g = &pass->g;
-    const bool planes = g->family == FBN_ROWS;
-    int64_t size = fbn_dtype_size(g->dtype);
-    int64_t row = fbn_part(g->outer, strip, p->strips);
-    int64_t rows = fbn_part(g->outer, strip + 1, p->strips) - row;
-    int64_t at = strip * g->channels + first;
-    const void *x = fbn_at(&pass->x, size, row, first, 0);
-    if (!pass->backward && planes) {
-        pass->kernels->moments_planes(x, pass->x.outer_stride, rows, last - first, g->inner, room->tile, p->a + at,
-                                      p->b + at, p->c + at);
-        return;
+    fbn_coef k = pass->backward ? fbn_coefs_at(coefs, first) : (fbn_coef){0};
+    const fbn_kernels *kernels = pass->kernels;
+    if (rows && pass->backward) {
+        kernels->backward_reduce_rows(&span, &k, pass->rule, &blocks, begin, end, last - first, mean + first,
+                                      room->tile, p->a + at, p->b + at);
+    } else if (rows) {
+        kernels->moments_rows(&span, &blocks, begin, end, last - first, room->tile, p->a + at, p->b + at, p->c + at);
+    } else if (pass->backward) {
+        kernels->backward_reduce_cols(&span, &k, pass->rule, mean + first, room->tile, p->a + at, p->b + at);
+    } else {
+        kernels->moments_cols(&span, room->tile, p->a + at, p->b + at, p->c + at);
     }
-    if (!pass->backward) {
-        pass->kernels->moments_cols(x, pass->x.outer_stride, rows, last - first, room->tile, p->a + at, p->b + at,
-                                    p->c + at);
-        return;
-    }
-    fbn_span span = {
-        .x = x,
-        .other = fbn_at(&pass->other, size, row, first, 0),
-        .gate = planes ? NULL : fbn_gate_at(pass, row, first),
-        .x_stride = pass->x.outer_stride,
-        .other_stride = pass->other.outer_stride,
-        .gate_stride = fbn_gate_words(g),
-        .rows = rows,
-        .width = (last - first) * g->inner,
-    };
-    fbn_coef k = fbn_coefs_at(coefs, first);
-    if (planes && pass->rule.kind != FBN_IDENTITY) {
-        fbn_coefs_expand(&room->panel, coefs, first, last - first, g->inner, span.width, false);
-        k = fbn_coefs_at(&room->panel, 0);
-    }
-    pass->kernels->backward_reduce_cols(&span, &k, pass->rule, planes ? g->inner : 0, mean + first, room->tile,
-                                        p->a + at, p->b + at);
-}
-
-/* Channels that are reduced together as columns. */
-static int64_t fbn_columns_chunk(const fbn_pass *pass)
-{
-    return fbn_clamp(pass->plan.tile / pass->g.inner, 1, pass->g.channels);
 }
 
 void fbn_reduce(const fbn_pass *pass, fbn_partials *p, const double *mean, const fbn_coefs *coefs, fbn_room *room,
                 int64_t first, int64_t last, int64_t part, int64_t parts)
 {
-    const fbn_geometry *g = &pass->g;
-    if (g->family == FBN_ROWS && !fbn_by_planes(pass)) {
-        fbn_blocks blocks = fbn_blocks_rows(g->outer, g->inner);
-        int64_t tasks = (last - first) * p->strips;
-        for (int64_t t = fbn_part(tasks, part, parts); t < fbn_part(tasks, part + 1, parts); t++) {
-            fbn_reduce_rows(pass, p, &blocks, mean, coefs, first + t / p->strips, t % p->strips);
-        }
-        return;
-    }
-    int64_t chunk = fbn_columns_chunk(pass);
+    int64_t chunk = fbn_min(pass->plan.tile, last - first);
     int64_t chunks = fbn_ceil_div(last - first, chunk);
     int64_t tasks = chunks * p->strips;
     for (int64_t t = fbn_part(tasks, part, parts); t < fbn_part(tasks, part + 1, parts); t++) {
         int64_t c = first + t % chunks * chunk;
-        fbn_reduce_cols(pass, p, mean, coefs, room, c, fbn_min(c + chunk, last), t / chunks);
+        fbn_reduce_strip(pass, p, mean, coefs, room, c, fbn_min(c + chunk, last), t / chunks);
     }
 }
 
@@ -379,12 +327,7 @@ static void fbn_apply_rows(const fbn_pass *pass, const fbn_coefs *coefs, fbn_coe
 
 static int64_t fbn_panel_width(const fbn_pass *pass)
 {
-    int64_t apply = pass->plan.panel * (pass->g.family == FBN_ROWS ? pass->g.inner : pass->g.channels);
-    if (pass->backward && pass->rule.kind != FBN_IDENTITY && fbn_by_planes(pass)) {
-        int64_t reduce = fbn_columns_chunk(pass) * pass->g.inner;
-        return apply > reduce ? apply : reduce;
-    }
-    return apply;
+    return pass->plan.panel * (pass->g.family == FBN_ROWS ? pass->g.inner : pass->g.channels);
 }
 
 void fbn_apply_pass(const fbn_pass *pass, const fbn_coefs *coefs, fbn_room *room, int64_t first, int64_t last,
@@ -430,7 +373,7 @@ static void fbn_lay_out(fbn_work *w, int needs, fbn_arena *a)
     const fbn_pass *pass = &w->pass;
     const int team = pass->plan.team;
     const bool sums = (needs & FBN_NEEDS_SUMS) != 0;
-    const bool columns = pass->g.family == FBN_COLS || fbn_by_planes(pass);
+    const int64_t side = fbn_min(pass->plan.tile, pass->g.channels);
     const int64_t panel = fbn_panel_width(pass);
     if (sums) {
         int64_t bytes = pass->g.channels * w->partials.strips * (int64_t)sizeof(double);
@@ -445,8 +388,8 @@ static void fbn_lay_out(fbn_work *w, int needs, fbn_arena *a)
     for (int i = 0; i < team; i++) {
         fbn_room *room = w->rooms == NULL ? &w->one : &w->rooms[i];
         *room = (fbn_room){0};
-        if (sums && columns) {
-            room->tile = fbn_deal(a, fbn_tile_bytes(fbn_columns_chunk(pass) * pass->g.inner));
+        if (sums) {
+            room->tile = fbn_deal(a, pass->g.family == FBN_ROWS ? fbn_lines_bytes(side) : fbn_columns_bytes(side));
         }
         if (panel > 0) {
             fbn_deal_coefs(a, &room->panel, pass->g.dtype, panel);

@@ -44,8 +44,12 @@ enum {
     FBN_SERIAL_BYTES = 128 << 10,
     FBN_PANEL_BYTES = 1024,
     FBN_PANEL_ROWS = 8,
-    FBN_PANEL_WIDTH = 1024,
-    FBN_TILE = 2048
+    FBN_PANEL_WIDTH = 512,
+    FBN_TILE = 2048,
+    FBN_LINES = 32,
+    FBN_RUN_BYTES = 8192,
+    FBN_PATCHED_BYTES = 4096,
+    FBN_CACHE_LINE = 64
 };
 _Static_assert(FBN_TILE % 16 == 0, "a tile begins with a word of the gate");
 
@@ -66,6 +70,11 @@ static int64_t fbn_choose_slab(const fbn_geometry *g, const fbn_call *call, cons
     if (g->family == FBN_COLS) {
         return 0;
     }
+    /* What L2 cannot hold may stay in a thread's share of L3, if it is read in long runs. */
+    if (channel_bytes > m->l2 &&
+        (g->inner * fbn_dtype_size(g->dtype) < FBN_RUN_BYTES || channel_bytes * team > m->l3 / 2)) {
+        return 0;
+    }
     int64_t most = g->channels / team; /* every thread needs work */
     int64_t slab = m->l2 / 2 / channel_bytes;
     int64_t grain = fbn_grain(g);
@@ -81,6 +90,32 @@ static int64_t fbn_choose_slab(const fbn_geometry *g, const fbn_call *call, cons
     return fbn_clamp(slab, 1, most);
 }
 
+/* Channels side by side: long runs where planes are short; not so many that a thread goes without. */
+static int64_t fbn_choose_tile(const fbn_geometry *g, int team)
+{
+    if (g->family == FBN_ROWS) {
+        return fbn_clamp(FBN_RUN_BYTES / (g->inner * fbn_dtype_size(g->dtype)), 1, FBN_LINES);
+    }
+    int64_t tasks = fbn_ceil_div(team, fbn_strips_cols(g->outer));
+    return fbn_clamp(fbn_ceil_div(fbn_ceil_div(g->channels, tasks), 16) * 16, 16, FBN_TILE);
+}
+
+static int64_t fbn_choose_panel(const fbn_geometry *g, const fbn_plan *plan)
+{
+    int64_t size = fbn_dtype_size(g->dtype);
+    if (g->family == FBN_COLS) {
+        bool many = g->outer * g->channels >= FBN_PANEL_ROWS * FBN_PANEL_WIDTH;
+        return many && g->channels * size < FBN_PANEL_BYTES ? fbn_ceil_div(FBN_PANEL_WIDTH, g->channels) : 0;
+    }
+    bool ragged = g->inner * size % FBN_CACHE_LINE != 0;
+    if (g->outer < FBN_PANEL_ROWS || g->inner * size >= (ragged ? FBN_PATCHED_BYTES : FBN_PANEL_BYTES)) {
+        return 0;
+    }
+    int64_t grain = fbn_grain(g);
+    return fbn_clamp(fbn_ceil_div(fbn_ceil_div(FBN_PANEL_WIDTH, g->inner), grain) * grain, 1,
+                     plan->slab != 0 ? plan->slab : g->channels);
+}
+
 fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m)
 {
     fbn_plan plan = {.team = 1};
@@ -89,23 +124,18 @@ fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_ma
     if (call->threads > 1 && bytes >= FBN_SERIAL_BYTES) {
         plan.team = call->threads;
     }
-    plan.stream = bytes > m->l2 * 4;
-    plan.tile = FBN_TILE;
+    plan.tile = fbn_choose_tile(g, plan.team);
     if (fbn_two_phase(call->op)) {
         plan.slab = fbn_choose_slab(g, call, m, plan.team);
         plan.backwards = true;
-        plan.ahead = plan.slab != 0 && plan.stream;
     }
     if (call->adjacent && !call->gated) {
-        if (g->family == FBN_ROWS && g->inner * size < FBN_PANEL_BYTES && g->outer >= FBN_PANEL_ROWS) {
-            int64_t most = plan.slab != 0 ? plan.slab : g->channels;
-            int64_t grain = fbn_grain(g);
-            plan.panel = fbn_clamp(fbn_ceil_div(fbn_ceil_div(FBN_PANEL_WIDTH, g->inner), grain) * grain, 1, most);
-        }
-        if (g->family == FBN_COLS && plan.slab == 0 && g->channels * size < FBN_PANEL_BYTES &&
-            g->outer * g->channels >= FBN_PANEL_ROWS * FBN_PANEL_WIDTH) {
-            plan.panel = fbn_ceil_div(FBN_PANEL_WIDTH, g->channels);
-        }
+        plan.panel = fbn_choose_panel(g, &plan);
     }
+    /* Runs that do not end with a cache line would be patched at both ends, and that costs more than it saves unless
+     * they are long. */
+    int64_t run = plan.panel > 0 ? FBN_CACHE_LINE : (g->family == FBN_ROWS ? g->inner : g->channels) * size;
+    plan.stream = bytes > m->l2 * 4 && (run % FBN_CACHE_LINE == 0 || run >= FBN_PATCHED_BYTES);
+    plan.ahead = plan.slab != 0 && bytes > m->l2 * 4;
     return plan;
 }

@@ -18,7 +18,7 @@ typedef enum {
 
 /* What the plan knows of the machine, in bytes. */
 typedef struct {
-    int64_t l2, l3; /* l3 is for those who ask: no decision needs it */
+    int64_t l2, l3;
 } fbn_machine;
 
 /* What the plan must know of a call beside its geometry. */
@@ -30,11 +30,11 @@ typedef struct {
 } fbn_call;
 
 typedef struct {
-    int team;      /* 1 or call.threads */
-    int64_t slab;  /* channels reduced and applied together while in cache; 0: two sweeps over the whole tensor */
-    int64_t tile;  /* columns (cols: channels, rows: elements of short planes) that one reduce step sums side by side */
-    int64_t panel; /* rows: channels, cols: rows, that one apply step treats as one long row; 0: none */
-    bool stream;   /* the output is written past the cache */
+    int team;       /* 1 or call.threads */
+    int64_t slab;   /* channels reduced and applied together while in cache; 0: two sweeps over the whole tensor */
+    int64_t tile;   /* channels that one reduce step sums side by side */
+    int64_t panel;  /* rows: channels, cols: rows, that one apply step treats as one long row; 0: none */
+    bool stream;    /* the output is written past the cache */
     bool backwards; /* an apply walk starts where the reduce before it ended: least of it has left the cache */
     bool ahead;     /* the next slab is prefetched while this one is applied */
 } fbn_plan;

@@ -130,10 +130,7 @@ static inline double fbn_pivot(double x) { return isfinite(x) ? x : 0.0; }
 /* The blocks of a channel in the rows family: whole planes together where a plane is short, even pieces of a plane
  * where it is long. They follow from the channel's geometry alone: never from threads, caches,
  * the ISA or the number of its neighbours. */
-enum { FBN_BLOCK = 4096, FBN_BLOCK_ROWS = 1024, FBN_STRIP_ROWS = 256, FBN_STRIPS = 128 };
-
-/* Planes so short that channels are summed side by side. Shorter than the minimum, a group would have too many. */
-enum { FBN_PLANE_MIN = 4, FBN_PLANE_MAX = 80 };
+enum { FBN_BLOCK = 4096, FBN_BLOCK_ROWS = 1024, FBN_STRIP_ROWS = 768, FBN_STRIPS = 128 };
 
 typedef struct {
     int64_t planes;    /* planes in a block, where pieces is 1 */
@@ -161,9 +158,6 @@ static inline fbn_blocks fbn_blocks_rows(int64_t outer, int64_t inner)
 
 /* The cols family: strips of rows; within a strip, blocks of FBN_BLOCK_ROWS rows. */
 static inline int64_t fbn_strips_cols(int64_t rows) { return fbn_clamp(rows / FBN_STRIP_ROWS, 1, FBN_STRIPS); }
-
-/* Short planes: strips of planes. */
-static inline int64_t fbn_strips_planes(int64_t planes) { return fbn_clamp(planes / 64, 1, FBN_STRIPS); }
 
 /* The i-th of n even parts of `total` begins here; the same rule cuts strips and the shares of threads. */
 static inline int64_t fbn_part(int64_t total, int64_t i, int64_t n)

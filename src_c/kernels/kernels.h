@@ -38,14 +38,15 @@ typedef struct {
     double upper, negative;
 } fbn_gate_rule;
 
-/* What an apply step reads and writes beside x. Strides in elements; gate_stride in 16-bit words. */
+/* What a step reads and writes. Strides in elements; those of the gate in 16-bit words. */
 typedef struct {
     const void *x, *other; /* other: the residual of normalize, dy of backward_apply */
     void *y, *extra;       /* extra: the dresidual of backward_apply */
     uint16_t *gate;        /* a bit an element: set where the gradient passes unscaled */
     int64_t x_stride, other_stride, y_stride, extra_stride, gate_stride;
-    int64_t rows, width; /* rows of `width` elements; the rows family has one row a call */
-    int64_t ahead;       /* bytes from x to what is wanted in cache next; 0 for nothing */
+    int64_t rows, width;                   /* rows of `width` elements; one where a channel's planes are applied to */
+    int64_t x_next, other_next, gate_next; /* rows, sums: from a channel to its neighbour */
+    int64_t ahead;                         /* bytes from x to what is wanted in cache next; 0 for nothing */
     int64_t other_ahead;
     int stream; /* write y past the cache */
 } fbn_span;
@@ -60,34 +61,34 @@ static inline const void *fbn_ahead(const void *p, int64_t bytes)
     return (const void *)((uintptr_t)p + (uintptr_t)bytes);
 }
 
-/* `tile`: fbn_tile_bytes(columns) of memory, aligned for any type, that a kernel of columns works in. An odd step keeps
- * the arrays in it from lying a power of two apart, where loads wait for stores that they have nothing to do with. */
+/* `tile`: memory, aligned for any type, that a kernel of sums works in: fbn_columns_bytes(width) of it, or
+ * fbn_lines_bytes(channels) in the rows family. An odd step keeps the arrays in it from lying a power of two apart,
+ * where loads wait for stores that they have nothing to do with. */
 static inline int64_t fbn_tile_step(int64_t columns) { return (columns + 15) / 16 * 16 + 16; }
-static inline int64_t fbn_tile_bytes(int64_t columns)
+static inline int64_t fbn_columns_bytes(int64_t columns)
 {
     return fbn_tile_step(columns) * 7 * (int64_t)sizeof(double) + FBN_LINE;
 }
+static inline int64_t fbn_lines_bytes(int64_t channels)
+{
+    return channels * (4 * 16 + 3) * (int64_t)sizeof(double) + FBN_LINE;
+}
 
 #define FBN_OPS(OP)                                                                                                    \
-    /* Moments of blocks [first, last) of one channel. */                                                              \
-    OP(moments_rows, (const void *x, int64_t outer_stride, int64_t outer, int64_t inner, const fbn_blocks *blocks,     \
-                      int64_t first, int64_t last, int64_t ahead, fbn_moment *out))                                    \
-    /* Moments of `rows` rows of `width` channels. */                                                                  \
-    OP(moments_cols,                                                                                                   \
-       (const void *x, int64_t stride, int64_t rows, int64_t width, void *tile, double *mean, double *lo, double *m2)) \
-    /* Moments of channels whose planes of `inner` elements lie side by side. */                                       \
-    OP(moments_planes, (const void *x, int64_t stride, int64_t rows, int64_t channels, int64_t inner, void *tile,      \
-                        double *mean, double *lo, double *m2))                                                         \
+    /* Moments of blocks [first, last) of `channels` neighbours: planes of `width` elements. */                        \
+    OP(moments_rows, (const fbn_span *s, const fbn_blocks *blocks, int64_t first, int64_t last, int64_t channels,      \
+                      void *tile, double *mean, double *lo, double *m2))                                               \
+    /* Moments of `width` channels. */                                                                                 \
+    OP(moments_cols, (const fbn_span *s, void *tile, double *mean, double *lo, double *m2))                            \
     /* y = act((x - mean) * scale + shift + residual) */                                                               \
     OP(normalize_rows, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                     \
     OP(normalize_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                     \
-    /* sum dz and sum dz * (x - mean[c]) over the same blocks and rows as the moments; with inner > 0 the columns are  \
-     * planes of that many elements, and k has a coefficient for every column */                                       \
+    /* sum dz and sum dz * (x - mean[c]) over the same blocks and rows as the moments */                               \
     OP(backward_reduce_rows,                                                                                           \
-       (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule, int64_t outer, const fbn_blocks *blocks,             \
-        int64_t first, int64_t last, double mean, double *sum_dy, double *sum_dy_xmu))                                 \
-    OP(backward_reduce_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule, int64_t inner,                 \
-                              const double *mean, void *tile, double *sum_dy, double *sum_dy_xmu))                     \
+       (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule, const fbn_blocks *blocks, int64_t first,             \
+        int64_t last, int64_t channels, const double *mean, void *tile, double *sum_dy, double *sum_dy_xmu))           \
+    OP(backward_reduce_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule, const double *mean,            \
+                              void *tile, double *sum_dy, double *sum_dy_xmu))                                         \
     /* dx = (dz + (x - mean) * slope) * gain + offset */                                                               \
     OP(backward_apply_rows, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                \
     OP(backward_apply_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                \

@@ -206,9 +206,9 @@ typedef struct {
     fbn_span span;
     fbn_coef coef;
     fbn_gate_rule rule;
-    int64_t outer, first, last; /* of the rows family's blocks */
+    int64_t first, last; /* of the rows family's blocks */
     fbn_blocks blocks;
-    int64_t channels, inner; /* where columns are the elements of planes; else inner is 0 */
+    int64_t channels;
     const double *mean;
     double *stats[3];
     fbn_affine affine;
@@ -225,7 +225,6 @@ struct operation {
     bool rows; /* the family */
     shape shape;
     bool backward;
-    enum { NO_PLANES, MAYBE_PLANES, PLANES } planes; /* whether columns may be the elements of planes */
 };
 
 /* One line an operation: how it is called, and what it is. An operation that has none here does not compile. */
@@ -235,17 +234,14 @@ struct operation {
         (void)c;                                                                                                       \
         k->op(__VA_ARGS__);                                                                                            \
     }
-RUN(moments_rows, c->span.x, c->span.x_stride, c->outer, c->span.width, &c->blocks, c->first, c->last, c->span.ahead,
-    (fbn_moment *)(void *)c->stats[0])
-RUN(moments_cols, c->span.x, c->span.x_stride, c->span.rows, c->span.width, c->tile.data, c->stats[0], c->stats[1],
+RUN(moments_rows, &c->span, &c->blocks, c->first, c->last, c->channels, c->tile.data, c->stats[0], c->stats[1],
     c->stats[2])
-RUN(moments_planes, c->span.x, c->span.x_stride, c->span.rows, c->channels, c->inner, c->tile.data, c->stats[0],
-    c->stats[1], c->stats[2])
+RUN(moments_cols, &c->span, c->tile.data, c->stats[0], c->stats[1], c->stats[2])
 RUN(normalize_rows, &c->span, &c->coef, c->rule)
 RUN(normalize_cols, &c->span, &c->coef, c->rule)
-RUN(backward_reduce_rows, &c->span, &c->coef, c->rule, c->outer, &c->blocks, c->first, c->last, *c->mean, c->stats[0],
-    c->stats[1])
-RUN(backward_reduce_cols, &c->span, &c->coef, c->rule, c->inner, c->mean, c->tile.data, c->stats[0], c->stats[1])
+RUN(backward_reduce_rows, &c->span, &c->coef, c->rule, &c->blocks, c->first, c->last, c->channels, c->mean,
+    c->tile.data, c->stats[0], c->stats[1])
+RUN(backward_reduce_cols, &c->span, &c->coef, c->rule, c->mean, c->tile.data, c->stats[0], c->stats[1])
 RUN(backward_apply_rows, &c->span, &c->coef, c->rule)
 RUN(backward_apply_cols, &c->span, &c->coef, c->rule)
 static void run_coefs(const fbn_kernels *k, const call *c)
@@ -258,18 +254,17 @@ static void run_coefs(const fbn_kernels *k, const call *c)
 RUN(copy, c->span.x, c->span.y, c->span.width *(int64_t)size_of((int)c->dtype))
 RUN(fence)
 
-#define IS_moments_rows true, MOMENTS, false, NO_PLANES
-#define IS_moments_cols false, MOMENTS, false, NO_PLANES
-#define IS_moments_planes false, MOMENTS, false, PLANES
-#define IS_normalize_rows true, APPLIES, false, NO_PLANES
-#define IS_normalize_cols false, APPLIES, false, NO_PLANES
-#define IS_backward_reduce_rows true, SUMS, true, NO_PLANES
-#define IS_backward_reduce_cols false, SUMS, true, MAYBE_PLANES
-#define IS_backward_apply_rows true, APPLIES, true, NO_PLANES
-#define IS_backward_apply_cols false, APPLIES, true, NO_PLANES
-#define IS_coefs false, COEFS, false, NO_PLANES
-#define IS_copy true, COPIES, false, NO_PLANES
-#define IS_fence true, NOTHING, false, NO_PLANES
+#define IS_moments_rows true, MOMENTS, false
+#define IS_moments_cols false, MOMENTS, false
+#define IS_normalize_rows true, APPLIES, false
+#define IS_normalize_cols false, APPLIES, false
+#define IS_backward_reduce_rows true, SUMS, true
+#define IS_backward_reduce_cols false, SUMS, true
+#define IS_backward_apply_rows true, APPLIES, true
+#define IS_backward_apply_cols false, APPLIES, true
+#define IS_coefs false, COEFS, false
+#define IS_copy true, COPIES, false
+#define IS_fence true, NOTHING, false
 
 #define OPERATION(op, args) {#op, run_##op, IS_##op},
 static const operation operations[] = {FBN_OPS(OPERATION)};
@@ -304,7 +299,7 @@ static int64_t draw_rows(const operation *op, int64_t width, rng *r)
         return 1;
     }
     if (!rng_one_in(r, 12) || width > 200) {
-        return rng_between(r, op->rows || op->planes == PLANES ? 1 : 0, width > 1000 ? 3 : 12);
+        return rng_between(r, op->rows ? 1 : 0, width > 1000 ? 3 : 12);
     }
     return rng_between(r, 1, op->rows ? 2 + 2 * FBN_BLOCK / (width + 1) : 2 * FBN_BLOCK_ROWS + 9);
 }
@@ -312,7 +307,7 @@ static int64_t draw_rows(const operation *op, int64_t width, rng *r)
 static void draw_coefs(call *c, rng *r)
 {
     int type = c->dtype == FBN_F64 ? FBN_F64 : FBN_F32;
-    int64_t width = c->op->rows ? 1 : c->span.width + FBN_COEF_PAD;
+    int64_t width = c->op->rows ? c->channels : c->span.width + FBN_COEF_PAD;
     const void **targets[] = {&c->coef.unit,  &c->coef.neg_mean, &c->coef.scale, &c->coef.shift,
                               &c->coef.slope, &c->coef.gain,     &c->coef.offset};
     numbers kind = c->kind == SPECIAL || c->kind == HUGE_NUMBERS || c->kind == TINY ? c->kind : PLAIN;
@@ -335,7 +330,8 @@ static void draw_coefs(call *c, rng *r)
 
 static void draw_gate(call *c, int64_t rows, rng *r)
 {
-    int64_t words = fbn_ceil_div(c->span.width, 16);
+    c->span.gate_next = fbn_ceil_div(c->span.width, 16);
+    int64_t words = c->span.gate_next * (c->op->rows ? c->channels : 1);
     c->gate = matrix_make(&the_memory.gate, BITS, rows, words, words + rng_below(r, 3), c->where, r);
     c->span.gate = (uint16_t *)(void *)c->gate.data;
     c->span.gate_stride = c->gate.stride;
@@ -438,7 +434,7 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
     c->in_place = 0;
     c->span = (fbn_span){0};
     c->blocks = (fbn_blocks){0};
-    c->outer = c->first = c->last = c->inner = 0;
+    c->first = c->last = 0;
     c->rule = (fbn_gate_rule){(int)rng_below(r, FBN_ACTIVATION_COUNT), 6.0, rng_one_in(r, 4) ? rng_unit(r) : 0.01};
     if (op->shape == NOTHING) {
         return;
@@ -453,12 +449,9 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
     }
     bool blocks = op->rows && op->shape != APPLIES;
     width = blocks && width == 0 ? 1 : width; /* an empty channel has no blocks */
-    c->channels = op->rows ? 1 : width;
-    if (op->planes == PLANES || (op->planes == MAYBE_PLANES && rng_one_in(r, 2))) {
-        c->inner = FBN_PLANE_MIN + width % (FBN_PLANE_MAX - FBN_PLANE_MIN + 1);
-        c->channels = rng_between(r, 1, rng_one_in(r, 4) ? 100 : 6);
-        width = c->inner * c->channels;
-    }
+    c->channels = !op->rows ? width : blocks ? rng_between(r, 1, 6) : 1;
+    int64_t inner = width;
+    width = blocks ? width * c->channels : width;
     int64_t rows = draw_rows(op, width, r);
     c->x = matrix_make(&the_memory.x, type, rows, width, draw_stride(width, true, r), where, r);
     matrix_fill(&c->x, c->kind, r);
@@ -466,13 +459,14 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
         .x = c->x.data,
         .x_stride = c->x.stride,
         .rows = rows,
-        .width = width,
+        .width = inner,
+        .x_next = inner,
+        .other_next = inner,
         .ahead = rng_one_in(r, 2) ? 0 : rng_between(r, -100000, 100000),
         .stream = op->shape == APPLIES && rng_one_in(r, 2),
     };
     if (blocks) {
-        c->outer = rows;
-        c->blocks = fbn_blocks_rows(rows, width);
+        c->blocks = fbn_blocks_rows(rows, inner);
         c->first = rng_one_in(r, 2) ? 0 : rng_below(r, c->blocks.count);
         c->last = rng_one_in(r, 2) ? c->blocks.count : rng_between(r, c->first, c->blocks.count);
     }
@@ -484,7 +478,7 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
     }
     if (op->shape != MOMENTS) {
         draw_coefs(c, r);
-        if (c->inner == 0 && rng_one_in(r, 2)) {
+        if (rng_one_in(r, 2)) {
             draw_gate(c, rows, r);
         }
     }
@@ -497,14 +491,10 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
         matrix_fill(&c->means, rng_one_in(r, 4) ? SPECIAL : PLAIN, r);
         c->mean = (const double *)(const void *)c->means.data;
     }
-    if (!op->rows) {
-        c->tile = matrix_make(&the_memory.tile, FBN_F64, 1, fbn_tile_bytes(c->span.width) / 8, 0, where, r);
-    }
-    /* A channel's moments are one struct of four doubles in the rows family; else they are arrays. */
-    bool is_struct = op->rows && op->shape == MOMENTS;
-    int arrays = is_struct ? 1 : op->shape == MOMENTS ? 3 : 2;
-    for (int i = 0; i < arrays; i++) {
-        matrix m = matrix_make(&the_memory.stats[i], FBN_F64, 1, is_struct ? 4 : c->channels, 0, where, r);
+    int64_t tile = op->rows ? fbn_lines_bytes(c->channels) : fbn_columns_bytes(c->channels);
+    c->tile = matrix_make(&the_memory.tile, FBN_F64, 1, tile / (int64_t)sizeof(double), 0, where, r);
+    for (int i = 0; i < (op->shape == MOMENTS ? 3 : 2); i++) {
+        matrix m = matrix_make(&the_memory.stats[i], FBN_F64, 1, c->channels, 0, where, r);
         c->stats[i] = (double *)(void *)m.data;
         output_add(c, m, false);
     }
@@ -516,9 +506,9 @@ static void describe(const call *c, char *text, size_t size)
     static const char *const aliases[] = {"", ", over x", ", over other", ", over both"};
     const fbn_span *s = &c->span;
     snprintf(text, size,
-             "%s %s, %lld x %lld, planes of %lld, strides %lld %lld %lld %lld, at %s, %s, %s%s%s%s%s%s, blocks %lld to "
+             "%s %s, %lld x %lld, %lld channels, strides %lld %lld %lld %lld, at %s, %s, %s%s%s%s%s%s, blocks %lld to "
              "%lld of %lld",
-             c->op->name, dtype_names[c->dtype], (long long)s->rows, (long long)s->width, (long long)c->inner,
+             c->op->name, dtype_names[c->dtype], (long long)s->rows, (long long)s->width, (long long)c->channels,
              (long long)s->x_stride, (long long)s->other_stride, (long long)s->y_stride, (long long)s->extra_stride,
              places[c->where], number_names[c->kind], activation_names[c->rule.kind], s->gate == NULL ? "" : ", gate",
              s->other == NULL ? "" : ", other", s->extra == NULL ? "" : ", extra", s->stream ? ", streaming" : "",
