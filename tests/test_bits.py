@@ -134,9 +134,7 @@ def test_where_the_result_goes(isa, threads, dtype, layout, size, rng):
 
 @pytest.mark.parametrize("view", ["window", "misaligned", "unaligned_to_vectors", "read_only"])
 def test_where_the_data_lie(isa, dtype, layout, view, rng):
-    """The same numbers in the same order: neither alignment nor strides may show in the result. (Gaps between planes of
-    up to 80 elements do, as such planes are summed side by side where they touch.)
-    """
+    """The same numbers in the same order: neither alignment nor strides may show in the result."""
     x, grad_output, residual, axis, weight, bias = data(rng, layout, dtype, (9, 18, 300))
     arrange = arrays.views(3)[view]
     expected = results(x, grad_output, residual, axis, weight, bias)
@@ -144,14 +142,14 @@ def test_where_the_data_lie(isa, dtype, layout, view, rng):
 
 
 def test_channel_by_channel(isa, dtype, layout, rng):
-    """A channel's result does not depend on its neighbours: computed alone, or among fewer, it is the same."""
+    """A channel's result does not depend on its neighbours: computed among fewer it is the same. (One that is alone in
+    memory is a single run, and not planes.)
+    """
     x, _, _, axis, weight, bias = data(rng, layout, dtype, (9, 40, 300))
     whole = np.moveaxis(fastbn.batch_norm_forward(x, weight, bias, channel_axis=axis)[0], axis, 0)
-    for part in (slice(0, 17), slice(17, 40), slice(5, 6)):
+    for part in (slice(0, 17), slice(17, 40), slice(5, 7)):
         few = np.ascontiguousarray(np.moveaxis(np.moveaxis(x, axis, 0)[part], 0, axis))
         y, _ = fastbn.batch_norm_forward(few, weight[part], bias[part], channel_axis=axis)
-        if axis == -1 and few.shape[-1] == 1:
-            continue  # one channel is a contiguous run in either layout
         assert np.moveaxis(y, axis, 0).tobytes() == whole[part].tobytes()
 
 
