@@ -13,7 +13,8 @@ for module in ("matplotlib", "sklearn", "tqdm", "torch"):
     pytest.importorskip(module)
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
-from paper import convolution, gradients  # noqa: E402
+from paper import cifar, convolution, gradients  # noqa: E402
+from paper.study import Settings, perform  # noqa: E402
 
 
 def verdicts(study, numbers):
@@ -34,6 +35,52 @@ def test_what_is_counted_of_gradients(rng):
     assert normal["quantile"] == pytest.approx(3.29, rel=0.02)
     assert normal["beyond"][20] == pytest.approx(0.0455, rel=0.05)
     assert sum(normal["counts"]) == 1_000_000
+
+
+SUPPORT = {
+    "plain": {"outputs": [[1, 9, 400]] * 2, "gradients": [[90, 70, 9]] * 2},
+    "small": {"accuracy": [[0.9, 0.1, 0.1]] * 2},
+    "norm": {"outputs": [[1, 2, 4]] * 2, "gradients": [[9, 1, 1]] * 2, "accuracy": [[0.9, 0.95, 0.1]] * 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "values", "refuted"),
+    [
+        ("plain", "outputs", [[1, 9, 400], [10, 9, 400]], [0]),
+        ("norm", "outputs", [[1, 2, 4], [1, 2, 50]], [0]),
+        ("plain", "gradients", [[90, 70, 9], [900, 9, 9]], [1]),
+        ("norm", "gradients", [[9, 1, 1], [9, 9, 1]], [1]),
+        ("norm", "accuracy", [[0.9, 0.95, 0.1], [0.95, 0.1, 0.1]], [2]),
+        ("small", "accuracy", [[0.9, 0.1, 0.1], [0.9, 0.1, 0.6]], [2]),
+        ("small", "accuracy", [[0.9, 0.1, 0.1], [0.95, 0.1, 0.1]], [3]),
+        # A network that trains at no rate of the grid may train below it.
+        ("small", "accuracy", [[0.4, 0.1, 0.1], [0.4, 0.1, 0.1]], [2]),
+        ("norm", "accuracy", [[0.4, 0.1, 0.1], [0.4, 0.1, 0.1]], [2, 3]),
+    ],
+)
+def test_claims_of_cifar_can_fail(kind, name, values, refuted):
+    """One seed of two is enough."""
+    numbers = SUPPORT | {"rates": [0.01, 0.1, 1.0]}
+    assert verdicts(cifar, numbers) == [True] * 4
+    numbers[kind] = numbers[kind] | {name: values}
+    assert [place for place, holds in enumerate(verdicts(cifar, numbers)) if not holds] == refuted
+
+
+def test_what_is_measured_before_training():
+    """One value of each block, one of each convolution; a network of other weights has other outputs."""
+    images = Settings().images()
+    outputs, found = cifar.measure(images, 0, True, 1.0, 8)
+    assert (len(outputs), len(found)) == (55, 109)
+    scaled, _ = cifar.measure(images, 0, True, 4.0, 8)
+    assert scaled == pytest.approx(outputs, rel=0.02)
+    (one, *_), (four, *_) = (cifar.measure(images, 0, False, gain, 8)[0] for gain in (1.0, 4.0))
+    assert four == pytest.approx(4 * one, rel=1e-5)
+
+
+def test_cifar_is_drawn_where_nothing_trains(tmp_path):
+    perform(cifar, Settings(steps=1, seeds=(0,), short=True), tmp_path)
+    assert (tmp_path / "cifar.png").exists()
 
 
 def test_the_deep_network_is_as_deep_as_it_says(rng):
