@@ -226,13 +226,16 @@ static void fbn_apply_runs(const fbn_pass *pass, const fbn_coefs *coefs, int64_t
     int64_t size = fbn_dtype_size(g->dtype);
     int64_t channels = last - first;
     int64_t pieces = fbn_ceil_div(g->inner, FBN_PIECE);
-    int64_t units = g->outer * channels * pieces;
+    /* Neighbours together where planes are short: a call costs as much as some of them. */
+    int64_t side = fbn_clamp(fbn_min(FBN_PIECE / g->inner, g->outer * channels / (parts * 4)), 1, channels);
+    int64_t sides = fbn_ceil_div(channels, side);
+    int64_t units = g->outer * sides * pieces;
     int64_t begin = fbn_part(units, part, parts);
     int64_t end = fbn_part(units, part + 1, parts);
     for (int64_t u = begin; u < end; u++) {
         int64_t unit = fbn_turn(pass, u, begin, end);
-        int64_t o = unit / pieces / channels;
-        int64_t c = first + unit / pieces % channels;
+        int64_t o = unit / pieces / sides;
+        int64_t c = first + unit / pieces % sides * side;
         int64_t i = unit % pieces * FBN_PIECE;
         uint16_t *gate = fbn_gate_at(pass, o, c);
         fbn_span span = {
@@ -241,7 +244,12 @@ static void fbn_apply_runs(const fbn_pass *pass, const fbn_coefs *coefs, int64_t
             .y = fbn_at(&pass->y, size, o, c, i),
             .extra = fbn_at(&pass->extra, size, o, c, i),
             .gate = gate == NULL ? NULL : gate + i / 16,
-            .rows = 1,
+            .x_stride = pass->x.channel_stride,
+            .other_stride = pass->other.channel_stride,
+            .y_stride = pass->y.channel_stride,
+            .extra_stride = pass->extra.channel_stride,
+            .gate_stride = fbn_gate_words(g),
+            .rows = fbn_min(side, last - c),
             .width = fbn_min(FBN_PIECE, g->inner - i),
             .ahead = ahead > 0 ? ahead * pass->x.channel_stride * size : FBN_SOON,
             .other_ahead = ahead > 0 ? ahead * pass->other.channel_stride * size : FBN_SOON,

@@ -11,7 +11,7 @@
 #include "fastbn.h"
 
 /* What an apply step multiplies by and adds, in the dtype of the arithmetic: arrays over channels in the cols family
- * (readable for FBN_COEF_PAD elements past the last channel), pointers to one element in the rows family.
+ * (readable for FBN_COEF_PAD elements past the last channel), over rows in the rows family.
  *
  *   d  = x * unit - mean          unit NULL is 1; see fbn_affine_of for when it is not
  *   z  = d * scale + shift        before the activation
@@ -44,7 +44,7 @@ typedef struct {
     void *y, *extra;       /* extra: the dresidual of backward_apply */
     uint16_t *gate;        /* a bit an element: set where the gradient passes unscaled */
     int64_t x_stride, other_stride, y_stride, extra_stride, gate_stride;
-    int64_t rows, width;                   /* rows of `width` elements; one where a channel's planes are applied to */
+    int64_t rows, width;                   /* rows of `width` elements: rows, applied to, planes of one channel each */
     int64_t x_next, other_next, gate_next; /* rows, sums: from a channel to its neighbour */
     int64_t ahead;                         /* bytes from x to what is wanted in cache next; 0 for nothing */
     int64_t other_ahead;

@@ -295,8 +295,8 @@ static int64_t draw_stride(int64_t width, bool may_repeat, rng *r)
 /* How many rows, or planes: few; now and then enough for several blocks. */
 static int64_t draw_rows(const operation *op, int64_t width, rng *r)
 {
-    if (op->rows && (op->shape == APPLIES || op->shape == COPIES)) {
-        return 1;
+    if (op->rows && op->shape == APPLIES) {
+        return rng_between(r, 1, width > 1000 ? 2 : 5);
     }
     if (!rng_one_in(r, 12) || width > 200) {
         return rng_between(r, op->rows ? 1 : 0, width > 1000 ? 3 : 12);
@@ -453,6 +453,7 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
     int64_t inner = width;
     width = blocks ? width * c->channels : width;
     int64_t rows = draw_rows(op, width, r);
+    c->channels = op->rows && op->shape == APPLIES ? rows : c->channels;
     c->x = matrix_make(&the_memory.x, type, rows, width, draw_stride(width, true, r), where, r);
     matrix_fill(&c->x, c->kind, r);
     c->span = (fbn_span){
