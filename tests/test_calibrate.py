@@ -80,7 +80,8 @@ def test_exact_is_the_whole_in_any_order(rng, dtype, offset):
         assert bn.num_batches_tracked == len(SIZES)
         rng.shuffle(batches)
     assert len(found) == 1
-    assert_close(bn.running_mean, reference.mean)
+    # A mean near zero is the difference of larger terms.
+    assert_close(bn.running_mean, reference.mean, scale=np.sqrt(reference.var()))
     assert_close(bn.running_var, reference.var(ddof=1), scale=reference.var(ddof=1))
 
 
