@@ -44,13 +44,15 @@ static bool fbn_adjacent(const fbn_geometry *g, const fbn_tensor *t)
 
 bool fbn_pass_ready(fbn_pass *pass, const fbn_geometry *g, fbn_act act, fbn_op op, int threads)
 {
-    const fbn_tensor *tensors[] = {&pass->x, &pass->other, &pass->y, &pass->extra};
+    fbn_tensor *tensors[] = {&pass->x, &pass->other, &pass->y, &pass->extra};
     if (!fbn_geometry_valid(g) || (unsigned)act.kind >= FBN_ACTIVATION_COUNT || threads < 1) {
         return false;
     }
     fbn_call call = {.op = op, .threads = threads, .gated = pass->gate != NULL, .adjacent = true};
     for (int i = 0; i < 4; i++) {
-        if (tensors[i]->data != NULL && !fbn_tensor_valid(g, tensors[i])) {
+        if (tensors[i]->data == NULL) {
+            *tensors[i] = (fbn_tensor){0}; /* whatever its strides were */
+        } else if (!fbn_tensor_valid(g, tensors[i])) {
             return false;
         }
         call.adjacent = call.adjacent && fbn_adjacent(g, tensors[i]);
