@@ -29,7 +29,7 @@ int64_t fbn_gate_words(const fbn_geometry *g); /* of one row (rows: of one run) 
 /* What one thread works in. */
 typedef struct {
     fbn_coefs panel; /* expanded coefficients */
-    void *tile;      /* columns' sums */
+    void *tile;      /* the sums of several channels */
 } fbn_room;
 
 /* Reduces the strips of channels [first, last) that are this part's. `mean` and coefs are for a backward. */

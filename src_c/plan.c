@@ -75,7 +75,7 @@ static int64_t fbn_choose_slab(const fbn_geometry *g, const fbn_call *call, cons
         (g->inner * fbn_dtype_size(g->dtype) < FBN_RUN_BYTES || channel_bytes * team > m->l3 / 2)) {
         return 0;
     }
-    int64_t most = g->channels / team; /* every thread needs work */
+    int64_t most = g->channels < team ? 1 : g->channels / team; /* every thread needs work */
     int64_t slab = m->l2 / 2 / channel_bytes;
     int64_t grain = fbn_grain(g);
     if (slab > grain && most > grain) {
@@ -93,11 +93,14 @@ static int64_t fbn_choose_slab(const fbn_geometry *g, const fbn_call *call, cons
 /* Channels side by side: long runs where planes are short; not so many that a thread goes without. */
 static int64_t fbn_choose_tile(const fbn_geometry *g, int team)
 {
-    if (g->family == FBN_ROWS) {
-        return fbn_clamp(FBN_RUN_BYTES / (g->inner * fbn_dtype_size(g->dtype)), 1, FBN_LINES);
+    const bool rows = g->family == FBN_ROWS;
+    int64_t tasks = fbn_ceil_div(team, rows ? fbn_blocks_rows(g->outer, g->inner).strips : fbn_strips_cols(g->outer));
+    int64_t share = fbn_ceil_div(g->channels, tasks);
+    if (rows) {
+        int64_t most = fbn_clamp(share, 1, FBN_LINES);
+        return fbn_clamp(FBN_RUN_BYTES / (g->inner * fbn_dtype_size(g->dtype)), 1, most);
     }
-    int64_t tasks = fbn_ceil_div(team, fbn_strips_cols(g->outer));
-    return fbn_clamp(fbn_ceil_div(fbn_ceil_div(g->channels, tasks), 16) * 16, 16, FBN_TILE);
+    return fbn_clamp(fbn_ceil_div(share, 16) * 16, 16, FBN_TILE);
 }
 
 static int64_t fbn_choose_panel(const fbn_geometry *g, const fbn_plan *plan)

@@ -1,7 +1,8 @@
 /* recycle.c -- a small store of idle blocks, oldest first.
  *
  * Nobody ever waits for long, or for somebody who is gone: who cannot have the store goes to malloc and free, as if it
- * were empty. So there is nothing to hang on after a fork.
+ * were empty. So there is nothing to hang on after a fork; and a child that was forked while another thread had the
+ * store begins with an empty one.
  */
 #if defined(__linux__) && !defined(_GNU_SOURCE)
 #define _GNU_SOURCE /* madvise */
@@ -81,6 +82,18 @@ typedef struct {
     int count;
     fbn_block *blocks[FBN_SLOTS + 1];
 } fbn_refuse;
+
+/* Seconds that no change of the clock can turn back. */
+static time_t fbn_now(void)
+{
+#if defined(_WIN32)
+    return time(NULL);
+#else
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec;
+#endif
+}
 
 static bool fbn_store_enter(void)
 {
@@ -170,7 +183,7 @@ static fbn_block *fbn_store_take(size_t capacity)
 {
     fbn_refuse refuse = {.count = 0};
     fbn_block *found = NULL;
-    time_t now = time(NULL);
+    time_t now = fbn_now();
     if (!fbn_store_enter()) {
         return NULL;
     }
@@ -216,7 +229,7 @@ void fbn_recycle_free(void *p)
     }
     fbn_block *block = fbn_block_of(p);
     int64_t capacity = (int64_t)block->capacity;
-    time_t now = time(NULL);
+    time_t now = fbn_now();
     bool kept = false;
     if (capacity >= FBN_RECYCLED && fbn_store_enter()) {
         kept = capacity <= fbn_store.limit;
@@ -298,14 +311,24 @@ static _Thread_local bool fbn_held_for_fork;
 
 static void fbn_before_fork(void) { fbn_held_for_fork = fbn_store_enter(); }
 
-static void fbn_after_fork(void)
+static void fbn_after_fork_in_parent(void)
 {
     if (fbn_held_for_fork) {
         fbn_store_leave();
     }
 }
 
-void fbn_recycle_init(void) { pthread_atfork(fbn_before_fork, fbn_after_fork, fbn_after_fork); }
+/* The only thread there is: whoever else had the store is gone, and what it was about to change cannot be trusted. */
+static void fbn_after_fork_in_child(void)
+{
+    if (!fbn_held_for_fork) {
+        fbn_store.state.blocks = 0;
+        fbn_store.state.idle = 0;
+    }
+    fbn_store_leave();
+}
+
+void fbn_recycle_init(void) { pthread_atfork(fbn_before_fork, fbn_after_fork_in_parent, fbn_after_fork_in_child); }
 
 #else
 

@@ -13,12 +13,6 @@
 #error "fastbn needs arithmetic that rounds as written: no -ffast-math, no extended precision"
 #endif
 
-/* Moments of a set of numbers. The mean is the unevaluated sum mean + lo: with |mean| >> sigma one double is not enough
- * for float64 data. */
-typedef struct {
-    double count, mean, lo, m2;
-} fbn_moment;
-
 /* Exact: *hi + *lo = a + b (Knuth's two-sum). */
 static inline void fbn_two_sum(double a, double b, double *hi, double *lo)
 {
@@ -28,7 +22,9 @@ static inline void fbn_two_sum(double a, double b, double *hi, double *lo)
     *hi = sum;
 }
 
-/* Moments of `count` numbers from s = sum (x - pivot) and q = sum (x - pivot)^2. The pivot is near their mean,
+/* The mean is the unevaluated sum mean + lo: with |mean| >> sigma one double is not enough for float64 data.
+ *
+ * Moments of `count` numbers from s = sum (x - pivot) and q = sum (x - pivot)^2. The pivot is near their mean,
  * which bounds the cancellation, and equal to them where all are equal, which makes a constant block exact. */
 static inline void fbn_moment_of_block(double count, double pivot, double s, double q, double *mean, double *lo,
                                        double *m2)
@@ -48,18 +44,6 @@ static inline void fbn_merge_into(double *mean, double *lo, double *m2, double s
     double delta = (mean_b - *mean) + (lo_b - *lo);
     *m2 += m2_b + delta * delta * weight;
     fbn_two_sum(*mean, *lo + delta * share, mean, lo);
-}
-
-static inline fbn_moment fbn_merge(fbn_moment a, fbn_moment b)
-{
-    if (a.count == 0.0 || b.count == 0.0) {
-        return a.count == 0.0 ? b : a;
-    }
-    double count = a.count + b.count;
-    double share = b.count / count;
-    fbn_merge_into(&a.mean, &a.lo, &a.m2, share, a.count * share, b.mean, b.lo, b.m2);
-    a.count = count;
-    return a;
 }
 
 /* What an arithmetic of limited range needs to know about itself. */
