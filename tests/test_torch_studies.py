@@ -13,7 +13,7 @@ for module in ("matplotlib", "sklearn", "tqdm", "torch"):
     pytest.importorskip(module)
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
-from paper import cifar, convolution, gradients  # noqa: E402
+from paper import cifar, convolution, gradients, inception  # noqa: E402
 from paper.study import Settings, perform  # noqa: E402
 
 
@@ -107,3 +107,44 @@ def test_a_network_descends_its_gradient(norm, rng):
         p -= np.float32(step) * g
     after, _ = cross_entropy(network(x), labels)
     assert (before - after) / (step * promised) == pytest.approx(1, rel=0.1)
+
+
+LEARNED = {
+    "plain": [0.1, 0.3, 0.5, 0.7],
+    "plain_x5": [0.1, 0.4, 0.6, 0.8],
+    "plain_x30": [0.1, 0.1, 0.1, 0.1],
+    "norm": [0.1, 0.5, 0.8, 0.9],
+    "norm_x5": [0.1, 0.9, 0.9, 0.9],
+    "norm_x30": [0.1, 0.4, 0.8, 0.9],
+    "norm_sigmoid": [0.1, 0.2, 0.4, 0.8],
+    "plain_sigmoid": [0.1, 0.1, 0.1, 0.1],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "curve", "refuted"),
+    [
+        ("plain", [0.1, 0.9, 0.9, 0.9], [0, 2]),
+        ("plain", [0.1, 0.1, 0.1, 0.1], [0, 1, 2]),
+        ("plain_x5", [0.1, 0.7, 0.7, 0.7], [3]),
+        ("plain_x30", [0.1, 0.3, 0.5, 0.8], [5]),
+        ("norm", [0.1, 0.3, 0.5, 0.7], [0]),
+        ("norm", [0.1, 0.8, 0.8, 0.8], [1]),
+        ("norm_x5", [0.1, 0.1, 0.1, 0.1], [1, 3]),
+        ("norm_x30", [0.1, 0.3, 0.5, 0.6], [2]),
+        ("norm_x30", [0.1, 0.8, 0.8, 0.4], [4]),
+        ("norm_sigmoid", [0.1, 0.1, 0.1, 0.1], [6]),
+        ("plain_sigmoid", [0.1, 0.2, 0.4, 0.8], [7]),
+    ],
+)
+def test_claims_of_inception_can_fail(name, curve, refuted):
+    """One seed of two is enough, and a baseline that never learns is no mark."""
+    numbers = {"at": [0, 10, 20, 30]} | {kind: [one, one] for kind, one in LEARNED.items()}
+    assert verdicts(inception, numbers) == [True] * 8
+    numbers[name] = [LEARNED[name], curve]
+    assert [place for place, holds in enumerate(verdicts(inception, numbers)) if not holds] == refuted
+
+
+def test_inception_is_drawn_where_nothing_trains(tmp_path):
+    perform(inception, Settings(steps=1, seeds=(0,), short=True), tmp_path)
+    assert (tmp_path / "inception.png").exists()
