@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import twin
 from arrays import FLOAT16, FLOAT32, FLOAT64, normal, parameters
+from fresh import ASAN
 from tolerance import assert_close, assert_gradients
 
 import fastbn
@@ -432,7 +433,7 @@ def test_x_may_move_before_the_backward(before, after, shape, rng):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space of a child")
-@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer needs the address space")
+@pytest.mark.skipif(ASAN, reason="AddressSanitizer needs the address space")
 def test_more_elements_than_32_bits_count():
     """2**32 and some, in a view that takes 32 KB, where 4 GB are not to be had: 64-bit sizes all the way down."""
     program = """

@@ -1,17 +1,14 @@
 """test_memory.py -- row 17 of docs/reliability.md: memory that cannot be had, and data that change under a call."""
 
-import os
 import platform
 import shutil
 import subprocess
 import sysconfig
 
 import pytest
-from fresh import run
+from fresh import ASAN, run
 
 from fastbn import _native
-
-ASAN = "asan" in os.environ.get("LD_PRELOAD", "")
 
 # malloc and its kin, of which one call of this thread can be made to fail: the n-th from now.
 SHIM = """

@@ -13,12 +13,11 @@ import time
 
 import numpy as np
 import pytest
-from fresh import run
+from fresh import ASAN, run
 
 import fastbn
 from fastbn import _memory, _native
 
-ASAN = "asan" in os.environ.get("LD_PRELOAD", "")
 MB = 1 << 20
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fresh import needs_proc, run
+from fresh import ASAN, needs_proc, run
 
 import fastbn
 from fastbn import _native, _threads
@@ -336,7 +336,7 @@ report(wrong=len(wrong), extra=most - before, grown=grown, ours=comms().count("f
     )
     assert got["wrong"] == 0
     assert got["extra"] <= 40 + (4 - 1) + 2
-    assert got["grown"] <= 64
+    assert got["grown"] <= 64 or ASAN
     assert got["parallel"] > 1
     assert got["parallel"] + got["contended"] == 8001
     if _native.parallel_runtime() == "pthreads":
@@ -371,7 +371,7 @@ report(changed=changed, ours=comms().count("fastbn"), **_native.parallel_counter
 
 
 @needs_proc
-@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer needs the address space")
+@pytest.mark.skipif(ASAN, reason="AddressSanitizer needs the address space")
 def test_without_more_threads_it_computes_alone():
     """Red with workers counted and named that could not be started."""
     got = run(
