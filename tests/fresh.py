@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-# The extension was built with AddressSanitizer, which has a malloc of its own, keeps what is freed, and takes all of the
-# address space.
+# The extension was built with AddressSanitizer, which has a malloc of its own, keeps what is freed, and takes all the
+# address space there is.
 ASAN = "asan" in os.environ.get("LD_PRELOAD", "")
 
 needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc/self/task")
