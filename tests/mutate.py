@@ -72,6 +72,15 @@ BUGS = [
         "test_fork.py::test_fork_while_another_thread_is_inside_a_call",
     ),
     Bug(
+        1,
+        "fork, store",
+        "src_c/recycle.c",
+        "    fbn_store_leave();\n}\n\nvoid fbn_recycle_init(void) {",
+        "    fbn_after_fork_in_parent();\n}\n\nvoid fbn_recycle_init(void) {",
+        "make forks",
+        "^FAILED the child of the inner fork",
+    ),
+    Bug(
         2,
         "preload",
         "src_c/parallel.c",
