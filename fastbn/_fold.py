@@ -253,28 +253,30 @@ def fold_report(
     exact, _ = fold_conv(before.astype(np.float64), bias, bn, transposed=transposed, groups=groups)
 
     def by_channel(array: _Array) -> _Float64:
-        array = array.astype(np.float64)
+        first, second, *spatial = array.shape
+        rows, outputs = array.astype(np.float64), first
         if transposed:
-            array = array.reshape(groups, array.shape[0] // groups, array.shape[1], -1).swapaxes(1, 2)
-            return array.reshape(array.shape[0] * array.shape[1], -1)
-        return array.reshape(array.shape[0], -1)
+            rows, outputs = rows.reshape(groups, first // groups, second, *spatial).swapaxes(1, 2), groups * second
+        return rows.reshape(outputs, rows.size // max(outputs, 1))
 
     old, new, true = by_channel(before), by_channel(folded), by_channel(exact)
-    return FoldReport(
-        change=_ratio(_range(new - old), _range(old)),
-        rounding=_ratio(_range(new - true), _range(true)),
-        range_before=_range(old),
-        range_after=_range(new),
-        int8_error_before=_int8_error(old, _range(old).max(initial=0.0)),
-        int8_error_after=_int8_error(new, _range(new).max(initial=0.0)),
-        int8_channel_error_after=_int8_error(new, _range(new)[:, None]),
-        tolerance=tolerance,
-    )
+    with np.errstate(all="ignore"):
+        return FoldReport(
+            change=_difference(new, old),
+            rounding=_difference(new, true),
+            range_before=_range(old),
+            range_after=_range(new),
+            int8_error_before=_int8_error(old, _range(old).max(initial=0.0)),
+            int8_error_after=_int8_error(new, _range(new).max(initial=0.0)),
+            int8_channel_error_after=_int8_error(new, _range(new)),
+            tolerance=tolerance,
+        )
 
 
 def _fold(weight: _Array, outputs: tuple[int, ...], bias: ArrayLike | None, bn: _Foldable) -> tuple[_Array, _Array]:
     """Scale `weight` along the axes `outputs`, which make up the output channels in this order."""
-    mean, scale, shift = _affine(bn)
+    with np.errstate(all="ignore"):
+        mean, scale, shift = _affine(bn)
     shape = tuple(weight.shape[axis] for axis in outputs)
     channels = int(np.prod(shape))
     if scale.size != channels:
@@ -283,7 +285,7 @@ def _fold(weight: _Array, outputs: tuple[int, ...], bias: ArrayLike | None, bn: 
     if old.shape != (channels,):
         raise ValueError(f"bias must have shape ({channels},), got {old.shape}")
     broadcast = [weight.shape[axis] if axis in outputs else 1 for axis in range(weight.ndim)]
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         new = weight.astype(np.float64) * scale.reshape(broadcast)
         return (
             _rounded("weight", new, weight),
@@ -294,25 +296,28 @@ def _fold(weight: _Array, outputs: tuple[int, ...], bias: ArrayLike | None, bn: 
 def _affine(bn: _Foldable) -> tuple[_Float64, _Float64, _Float64]:
     if getattr(bn, "activation", None) is not None:
         raise ValueError(f"bn has the activation {bn.activation!r}, which cannot be folded")  # type: ignore[union-attr]
+    prefix = "bn's running_"
     if isinstance(bn, tuple):
         if len(bn) != 5:
             raise ValueError(f"bn must be (mean, var, weight, bias, eps), got {len(bn)} values")
+        prefix = "bn's "
         mean, var, weight, bias, eps = bn
     else:
         try:
             mean, var, weight, bias, eps = bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps
         except AttributeError as error:
-            raise TypeError(f"bn must be a batch norm or (mean, var, weight, bias, eps): {error}") from None
+            raise TypeError(
+                f"bn must be a batch norm or (mean, var, weight, bias, eps), got {type(bn).__name__}: {error}"
+            ) from None
     if mean is None or var is None:
         raise ValueError("bn must have running statistics, got None")
     eps = _state.as_number("bn's eps", eps, 0.0, math.inf)
-    mean = _state.as_parameter("bn's mean", mean, np.float64)
-    var = _state.as_parameter("bn's var", var, np.float64, mean.shape)
-    gain = np.ones(mean.shape) if weight is None else _state.as_parameter("bn's weight", weight, np.float64, mean.shape)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scale = gain / np.sqrt(var + eps)
-    shift = np.zeros(mean.shape) if bias is None else _state.as_parameter("bn's bias", bias, np.float64, mean.shape)
-    return mean, scale, shift
+    names = f"{prefix}mean", f"{prefix}var", "bn's weight", "bn's bias"
+    mean, var, gain, shift = _state.as_affine(mean, var, weight, bias, names)
+    if eps == 0 and (var == 0).any():
+        raise ValueError(f"{names[1]} must be positive where bn's eps is 0, got 0.0 in channel {(var == 0).argmax()}")
+    scale = (1.0 if gain is None else gain) / np.sqrt(var + eps)
+    return mean, scale, np.zeros(mean.shape) if shift is None else shift
 
 
 def _floating(name: str, value: ArrayLike, ndim: int) -> _Array:
@@ -355,13 +360,27 @@ def _range(rows: _Float64) -> _Float64:
 
 def _ratio(a: _Float64, b: _Float64) -> _Float64:
     """Return a / b, and 0 where both are 0."""
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         ratio: _Float64 = np.where((a == 0) & (b == 0), 0.0, a / b)
     return ratio
 
 
+def _scaled(values: Any, ranges: _Float64) -> Any:
+    """Multiply by the power of two that brings a range next to 1: no square overflows then, or vanishes and counts."""
+    return np.ldexp(values, -np.frexp(ranges)[1])
+
+
+def _difference(new: _Float64, old: _Float64) -> _Float64:
+    ranges = _range(old)
+    new, old = _scaled(new, ranges[:, None]), _scaled(old, ranges[:, None])
+    return _ratio(_range(new - old), _range(old))
+
+
 def _int8_error(rows: _Float64, largest: Any) -> _Float64:
-    step = np.maximum(largest, np.finfo(np.float64).tiny) / 127
+    ranges = _range(rows)
+    rows, step = _scaled(rows, ranges[:, None]), _scaled(largest, ranges)[:, None] / 127
+    limits = np.finfo(np.float64)
+    step = np.clip(step, limits.tiny, limits.max)  # a row of zeros; a row that is nothing beside the largest
     error = np.rint(rows / step) * step - rows
     return _ratio(np.sqrt((error**2).sum(axis=1)), np.sqrt((rows**2).sum(axis=1)))
 

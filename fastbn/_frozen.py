@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
@@ -84,25 +85,18 @@ class FrozenBatchNorm(_native.Prepared):
         channel_axis: int = 1,
         activation: str | None = None,
         negative_slope: float = 0.01,
-        dtype: DTypeLike = np.float32,
+        dtype: DTypeLike | None = np.float32,
     ) -> None:
-        mean = _constant("mean", mean)
-        var = _constant("var", var, mean.shape)
-        weight = None if weight is None else _constant("weight", weight, mean.shape)
-        bias = None if bias is None else _constant("bias", bias, mean.shape)
-        dtype = np.dtype(dtype)
-        super().__init__(dtype, mean, var, weight, bias, eps, channel_axis, activation, negative_slope)
-        attributes = {
-            "running_mean": mean,
-            "running_var": var,
-            "weight": weight,
-            "bias": bias,
-            "eps": float(eps),
-            "channel_axis": int(channel_axis),
-            "activation": activation,
-            "negative_slope": float(negative_slope),
-            "dtype": dtype,
+        arrays = [None if array is None else _constant(array) for array in _state.as_affine(mean, var, weight, bias)]
+        attributes: dict[str, Any] = {
+            "dtype": _state.as_dtype("dtype", dtype),
+            **dict(zip(("running_mean", "running_var", "weight", "bias"), arrays, strict=True)),
+            "eps": _state.as_number("eps", eps, 0.0, math.inf),
+            "channel_axis": _state.as_axis("channel_axis", channel_axis),
+            "activation": _state.as_choice("activation", activation, _native.ACTIVATIONS),
+            "negative_slope": _state.as_number("negative_slope", negative_slope, -math.inf, math.inf),
         }
+        super().__init__(*attributes.values())
         for name, value in attributes.items():
             object.__setattr__(self, name, value)
 
@@ -118,21 +112,22 @@ class FrozenBatchNorm(_native.Prepared):
         channel_axis: int = 1,
         activation: str | None = None,
         negative_slope: float = 0.01,
-        dtype: DTypeLike = np.float32,
+        dtype: DTypeLike | None = np.float32,
     ) -> Self:
         """Freeze given statistics and parameters; the arguments are those of `fastbn.normalize`.
 
         Parameters
         ----------
         mean, var : array_like, shape (C,)
+            Finite, and no variance negative.
         weight, bias : array_like, shape (C,), optional
-            Ones and zeros if absent.
+            Finite. Ones and zeros if absent.
         eps : float, default 1e-5
         channel_axis : int, default 1
         activation : {None, "relu", "relu6", "leaky_relu"}, optional
         negative_slope : float, default 0.01
         dtype : dtype, default float32
-            Of the data, whatever the arrays' is.
+            Of the data, whatever the arrays' is. None is the default.
 
         Returns
         -------
@@ -141,8 +136,8 @@ class FrozenBatchNorm(_native.Prepared):
         Raises
         ------
         TypeError, ValueError
-            If an array does not hold real numbers, is not one-dimensional or not as long as `mean`, or a setting is
-            unknown or out of range.
+            If an array does not hold finite real numbers, is not one-dimensional or not as long as `mean`, if a
+            variance is negative, or a setting is unknown or out of range.
 
         Examples
         --------
@@ -176,7 +171,7 @@ class FrozenBatchNorm(_native.Prepared):
         TypeError
             If `bn` is not a BatchNorm.
         ValueError
-            If the layer has no running statistics.
+            If the layer has no running statistics, or one of them or a parameter is not finite.
 
         Examples
         --------
@@ -189,8 +184,9 @@ class FrozenBatchNorm(_native.Prepared):
         with bn._lock:
             if bn.running_mean is None or bn.running_var is None:
                 raise ValueError("bn must have running statistics, and was made with track_running_stats=False")
+            names = "bn's running_mean", "bn's running_var", "bn's weight", "bn's bias"
             return cls(
-                bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps,
+                *_state.as_affine(bn.running_mean, bn.running_var, bn.weight, bn.bias, names), bn.eps,
                 channel_axis=bn.channel_axis, activation=bn.activation, negative_slope=bn.negative_slope,
                 dtype=bn.dtype if dtype is None else dtype,
             )  # fmt: skip
@@ -205,7 +201,7 @@ class FrozenBatchNorm(_native.Prepared):
         channel_axis: int = 1,
         activation: str | None = None,
         negative_slope: float = 0.01,
-        dtype: DTypeLike = np.float32,
+        dtype: DTypeLike | None = np.float32,
     ) -> Self:
         """Freeze a layer out of the state dict of a network.
 
@@ -288,6 +284,5 @@ def _rebuild(cls: type[FrozenBatchNorm], args: tuple[Any, ...], settings: dict[s
     return cls(*args, **settings)
 
 
-def _constant(name: str, value: ArrayLike, shape: tuple[int, ...] | None = None) -> _Float64:
-    array = _state.as_parameter(name, value, np.float64, shape)
+def _constant(array: _Float64) -> _Float64:
     return np.frombuffer(array.tobytes())  # over bytes, which nobody can make writeable again

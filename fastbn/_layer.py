@@ -22,9 +22,7 @@ __all__ = ["BatchNorm"]
 _Array = NDArray[Any]
 _File = str | os.PathLike[str] | IO[bytes]
 
-_ACTIVATIONS = (None, "relu", "relu6", "leaky_relu")
 _GUARDS = ("propagate", "skip", "raise")
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _PICKLE_VERSION = 1
 
 # A lock that another thread holds at the moment of a fork would stay locked in the child for ever.
@@ -81,8 +79,8 @@ class BatchNorm:
     negative_slope : float, default 0.01
         Of ``"leaky_relu"``.
     dtype : dtype, default float32
-        Of the data: float16, bfloat16, float32 or float64. Parameters and statistics are float64 for float64 data, and
-        float32 otherwise.
+        Of the data: float16, bfloat16, float32 or float64; None is the default. Parameters and statistics are float64
+        for float64 data, and float32 otherwise.
     on_nonfinite : {"propagate", "skip", "raise"}, default "propagate"
         What a training batch does whose mean or unbiased variance is not finite in the dtype of the running ones,
         whatever these are and whatever `momentum` is. It poisons them for good; or it leaves them alone and is counted
@@ -155,7 +153,7 @@ class BatchNorm:
         channel_axis: int = 1,
         activation: str | None = None,
         negative_slope: float = 0.01,
-        dtype: DTypeLike = np.float32,
+        dtype: DTypeLike | None = np.float32,
         on_nonfinite: str = "propagate",
     ) -> None:
         self._configure(
@@ -187,7 +185,7 @@ class BatchNorm:
         channel_axis: int,
         activation: str | None,
         negative_slope: float,
-        dtype: DTypeLike,
+        dtype: DTypeLike | None,
         on_nonfinite: str,
     ) -> None:
         self.num_features = _state.as_integer("num_features", num_features)
@@ -197,12 +195,10 @@ class BatchNorm:
         self.momentum = None if momentum is None else _state.as_number("momentum", momentum, 0.0, 1.0)
         self.affine = _native.flag("affine", affine)
         self.track_running_stats = _native.flag("track_running_stats", track_running_stats)
-        self.channel_axis = _state.as_integer("channel_axis", channel_axis)
-        self.activation = _choice("activation", activation, _ACTIVATIONS)
+        self.channel_axis = _state.as_axis("channel_axis", channel_axis)
+        self.activation = _state.as_choice("activation", activation, _native.ACTIVATIONS)
         self.negative_slope = _state.as_number("negative_slope", negative_slope, -math.inf, math.inf)
-        self.dtype = np.dtype(dtype)
-        if self.dtype.name not in _DTYPES:
-            raise TypeError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype}")
+        self.dtype = _state.as_dtype("dtype", dtype)
         self.on_nonfinite = on_nonfinite
         self.training = True
         self.num_batches_skipped = 0
@@ -254,7 +250,7 @@ class BatchNorm:
 
     @on_nonfinite.setter
     def on_nonfinite(self, value: str) -> None:
-        self._on_nonfinite: str = _choice("on_nonfinite", value, _GUARDS)
+        self._on_nonfinite: str = _state.as_choice("on_nonfinite", value, _GUARDS)
 
     def __call__(self, x: Any, residual: Any = None, out: _Array | None = None) -> _Array:
         """Normalize `x`.
@@ -451,7 +447,7 @@ class BatchNorm:
         Raises
         ------
         ValueError
-            With ``track_running_stats=False``.
+            With ``track_running_stats=False``, or if a parameter or running statistic is not finite.
 
         Examples
         --------
@@ -657,14 +653,6 @@ class BatchNorm:
 
 
 _SETTINGS = tuple(inspect.signature(BatchNorm).parameters)
-
-
-def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
-    if value is not None and not isinstance(value, str):
-        raise TypeError(f"{name} must be one of {choices}, got {type(value).__name__}")
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-    return value
 
 
 def _overlap(x: Any, out: _Array) -> bool:

@@ -10,18 +10,17 @@ The limit is process-wide. It is, in this order:
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from fastbn import _native
-from fastbn._threads import cgroups, read
+from fastbn import _native, _state
+from fastbn._threads import cgroups, natural, read
 
 __all__ = ["get_recycle_limit", "release_memory", "set_recycle_limit"]
 
-MOST = 1 << 30
+MOST, MOST_EVER = 1 << 30, (1 << 62) - 1  # unasked, and asked
 SHARE = 16
 STALE_SECONDS = 10
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -40,8 +39,9 @@ def choose(root: Path = Path("/"), environ: Mapping[str, str] = os.environ, phys
     if own:
         unit = _UNITS.get(own[-1].upper(), 1)
         digits = own if unit == 1 else own[:-1]
-        limit = int(digits) * unit if digits.isascii() and digits.isdigit() and len(digits) < 19 else -1
-        if not 0 <= limit < 1 << 62:
+        number = natural(digits, 18)
+        limit = MOST_EVER + 1 if number is None else number * unit
+        if limit > MOST_EVER:
             raise ValueError(f"FASTBN_RECYCLE_BYTES must be a number of bytes, such as 0, 500000 or 64M; got {own!r}")
         return Choice(limit, f"FASTBN_RECYCLE_BYTES={own}")
     physical = _physical() if physical is None else physical
@@ -62,7 +62,8 @@ def _physical() -> int:
 def _allowed(folder: Path) -> int:
     """Read the bytes that a cgroup may use; enough not to matter where nothing, or nothing sensible, is said."""
     text = read(folder / "memory.max") or read(folder / "memory.limit_in_bytes")
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else MOST * SHARE
+    number = natural(text, 19)
+    return MOST * SHARE if number is None else number
 
 
 CHOICE = choose()
@@ -116,12 +117,7 @@ def set_recycle_limit(nbytes: int) -> None:
     67108864
     >>> fastbn.set_recycle_limit(before)
     """
-    if isinstance(nbytes, bool):
-        raise TypeError("nbytes must be an integer, got bool")
-    number = operator.index(nbytes)
-    if not 0 <= number < 1 << 62:
-        raise ValueError(f"nbytes must be from 0 to 2**62 - 1, got {number}")
-    _native.set_recycling(number, STALE_SECONDS)
+    _native.set_recycling(_state.as_integer("nbytes", nbytes, 0, MOST_EVER), STALE_SECONDS)
 
 
 def get_recycle_limit() -> int:

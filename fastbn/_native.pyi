@@ -12,6 +12,9 @@ import numpy as np
 _Array = np.ndarray[Any, Any]
 _Params = _Array | None
 
+DTYPES: tuple[str, ...]
+ACTIVATIONS: tuple[str | None, ...]
+
 class Saved:
     """What a forward leaves for its backward: the statistics, the call's settings, and the gate where one is needed.
 

@@ -196,8 +196,8 @@ cdef extern from *:
 
 # ---- dtypes, activations, tiers: one table each ----
 
-_DTYPES = ("float32", "float64", "float16", "bfloat16")
-_ACTIVATIONS = (None, "relu", "relu6", "leaky_relu")
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+ACTIVATIONS = (None, "relu", "relu6", "leaky_relu")
 _OPS = ("moments", "forward", "normalize", "reduce", "backward", "apply")
 _FAMILIES = ("rows", "cols")
 
@@ -225,10 +225,10 @@ cdef fbn_act activation_of(object name, object negative_slope) except *:
     if name is None:
         return act
     if not isinstance(name, str):
-        raise TypeError(f"activation must be None or one of {_ACTIVATIONS[1:]}, got {type(name).__name__}")
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"activation must be None or one of {_ACTIVATIONS[1:]}, got {name!r}")
-    act.kind = <fbn_activation><int>_ACTIVATIONS.index(name)
+        raise TypeError(f"activation must be None or one of {ACTIVATIONS[1:]}, got {type(name).__name__}")
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be None or one of {ACTIVATIONS[1:]}, got {name!r}")
+    act.kind = <fbn_activation><int>ACTIVATIONS.index(name)
     act.negative_slope = number(negative_slope, "negative_slope")
     if not isfinite(act.negative_slope):
         raise ValueError(f"negative_slope must be finite, got {negative_slope!r}")
@@ -238,7 +238,7 @@ cdef fbn_act activation_of(object name, object negative_slope) except *:
 cdef double number(object value, str name) except? -1.0:
     if type(value) is float:
         return <double>value
-    if value is None or isinstance(value, (str, bytes)) or getattr(value, "shape", ()) != ():
+    if value is None or isinstance(value, (str, bytes, bool, np.bool_)) or getattr(value, "shape", ()) != ():
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     try:
         return float(value)
@@ -1001,7 +1001,7 @@ cdef class Prepared:
         if self.prepared == NULL:
             raise TypeError("this map was never prepared")
         if code != self.code:
-            raise TypeError(f"x must have dtype {_DTYPES[self.code]}, got {vx.dtype}")
+            raise TypeError(f"x must have dtype {DTYPES[self.code]}, got {vx.dtype}")
         if cnp.PyArray_DIM(vx, axis) != self.channels:
             raise ValueError(
                 f"x must have {self.channels} channels along axis {axis}, got {cnp.PyArray_DIM(vx, axis)}"
@@ -1148,7 +1148,7 @@ def backward(grad_output, x, Saved saved not None, weight, bias, out):
     cdef bint training = saved.count > 0
     cdef Py_ssize_t i
     if code != saved.code:
-        raise TypeError(f"x must have the dtype of the forward's x, {_DTYPES[saved.code]}, got {vx.dtype}")
+        raise TypeError(f"x must have the dtype of the forward's x, {DTYPES[saved.code]}, got {vx.dtype}")
     if not of_that_shape(saved, vx):
         shape = tuple([saved.shape[i] for i in range(saved.ndim)])
         raise ValueError(f"x must have the shape of the forward's x, {shape}, got {(<object>vx).shape}")
@@ -1361,7 +1361,7 @@ def plan(str op, str dtype, str family, outer, channels, inner, threads, gated=F
     cdef fbn_call call
     cdef fbn_machine m = fbn_this_machine()[0]
     cdef fbn_plan p
-    g.dtype = <fbn_dtype><int>_DTYPES.index(dtype)
+    g.dtype = <fbn_dtype><int>DTYPES.index(dtype)
     g.family = <fbn_family><int>_FAMILIES.index(family)
     g.outer, g.channels, g.inner = outer, channels, inner
     call.op = _OPS.index(op)

@@ -25,6 +25,10 @@ __all__ = [
     "MAX_BYTES",
     "IncompatibleKeys",
     "StateDict",
+    "as_affine",
+    "as_axis",
+    "as_choice",
+    "as_dtype",
     "as_integer",
     "as_number",
     "as_parameter",
@@ -43,6 +47,9 @@ _File = str | os.PathLike[str] | IO[bytes]
 _COUNTER = "num_batches_tracked"
 # Half of what its int64 holds: nobody can count the rest of the way.
 COUNTER_MAX = 1 << 62
+# Of the dimensions that an array may have; FBN_MAX_DIMS, and NumPy's.
+_MOST_AXES = 64
+_MOST = int(np.iinfo(np.intp).max)
 _FILE_VERSION = 1
 # The comment of an archive: its version and how many arrays it has, so that none can get lost unnoticed.
 _COMMENT = "fastbn state %d of %d arrays"
@@ -67,7 +74,15 @@ class IncompatibleKeys(NamedTuple):
     unexpected_keys: list[str]
 
 
-def as_parameter(name: str, value: ArrayLike, dtype: DTypeLike, shape: tuple[int, ...] | None = None) -> _Array:
+def as_parameter(
+    name: str,
+    value: ArrayLike,
+    dtype: DTypeLike,
+    shape: tuple[int, ...] | None = None,
+    *,
+    finite: bool = False,
+    positive: bool = False,
+) -> _Array:
     """Return a new contiguous array of `dtype` with the values of `value`, one real number per channel."""
     try:
         array = plain(value)
@@ -76,37 +91,87 @@ def as_parameter(name: str, value: ArrayLike, dtype: DTypeLike, shape: tuple[int
     if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
         raise TypeError(f"{name} must be an array of real numbers, got {_kind(value, array)}")
     if array.ndim != 1 or (shape is not None and array.shape != shape):
-        expected = "a one-dimensional array" if shape is None else f"shape {shape}"
-        raise ValueError(f"{name} must have {expected}, got shape {array.shape}")
+        expected = "be a one-dimensional array" if shape is None else f"have shape {shape}"
+        raise ValueError(f"{name} must {expected}, got shape {array.shape}")
     with np.errstate(over="ignore"):
-        return np.array(array, dtype=dtype, order="C")
+        result = np.array(array, dtype=dtype, order="C")
+    try:
+        _check_values(result, finite, positive)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
+    return result
 
 
-def as_integer(name: str, value: Any) -> int:
-    """Return `value`, which must be an integer that can be an index."""
+def as_affine(
+    mean: ArrayLike,
+    var: ArrayLike,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    names: tuple[str, str, str, str] = ("mean", "var", "weight", "bias"),
+) -> tuple[_Array, _Array, _Array | None, _Array | None]:
+    """Return new float64 arrays of what may serve for constants: finite numbers, and no negative variance."""
+    first = as_parameter(names[0], mean, np.float64, finite=True)
+    second = as_parameter(names[1], var, np.float64, first.shape, finite=True, positive=True)
+    third, fourth = (
+        None if value is None else as_parameter(name, value, np.float64, first.shape, finite=True)
+        for name, value in zip(names[2:], (weight, bias), strict=True)
+    )
+    return first, second, third, fourth
+
+
+def as_axis(name: str, value: Any) -> int:
+    """Return `value`, which must be an axis that some array may have."""
+    return as_integer(name, value, -_MOST_AXES, _MOST_AXES - 1)
+
+
+def as_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
+    """Return `value`, which must be one of these names, or None where that is among them."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {choices}, got {type(value).__name__}")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+    return value
+
+
+def as_dtype(name: str, value: DTypeLike | None, default: DTypeLike = np.float32) -> np.dtype[Any]:
+    """Return the dtype of data that `value` names; None is the default, and not float64, as it is to NumPy."""
+    try:
+        dtype = np.dtype(default if value is None else value).newbyteorder("=")
+    except (TypeError, ValueError):
+        dtype = None
+    if dtype is None or dtype.name not in _native.DTYPES:
+        *most, last = _native.DTYPES
+        raise TypeError(f"{name} must be {', '.join(most)} or {last}, got {repr(value) if dtype is None else dtype}")
+    return dtype
+
+
+def as_integer(name: str, value: Any, low: int = -_MOST, high: int = _MOST) -> int:
+    """Return `value`, which must be an integer within these bounds."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
     if number is None:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if abs(number) > np.iinfo(np.intp).max:
-        raise ValueError(f"{name} is too large, got {value!r}")
+    if not low <= number <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, got {number}")
     return number
 
 
 def as_number(name: str, value: Any, low: float, high: float) -> float:
     """Return `value`, which must be a finite real number within these bounds."""
-    if isinstance(value, (str, bytes, bool)):
+    finite = {(0.0, math.inf): "finite and not negative", (-math.inf, math.inf): "finite"}
+    expected = finite.get((low, high), f"from {low} to {high}")
+    if isinstance(value, (str, bytes, bool, np.bool_)):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     try:
         number = float(value)
     except OverflowError:
-        raise ValueError(f"{name} must be finite and from {low} to {high}, got an integer beyond all floats") from None
+        raise ValueError(f"{name} must be {expected}, got an integer beyond all floats") from None
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}") from None
     if not (math.isfinite(number) and low <= number <= high):
-        raise ValueError(f"{name} must be finite and from {low} to {high}, got {value!r}")
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
     return number
 
 
@@ -390,13 +455,17 @@ def _converted(value: object, like: _Array, finite: bool, positive: bool) -> _Ar
         raise ValueError(f"must be of {'integer' if counter else 'floating'} dtype, got {array.dtype}")
     with np.errstate(over="ignore"):
         result = np.array(array, dtype=like.dtype, order="C")
-    if finite and not (good := np.isfinite(result)).all():
-        raise ValueError(f"must be finite in {like.dtype}, got {np.count_nonzero(~good)} values that are not")
-    if (counter or positive) and (result < 0).any():
-        raise ValueError("must not be negative")
+    _check_values(result, finite, counter or positive)
     if counter and result > COUNTER_MAX:
         raise ValueError(f"must be at most 2**62, got {result}")
     return result
+
+
+def _check_values(array: _Array, finite: bool, positive: bool) -> None:
+    if finite and not (good := np.isfinite(array)).all():
+        raise ValueError(f"must be finite in {array.dtype}, got {np.count_nonzero(~good)} values that are not")
+    if positive and (array < 0).any():
+        raise ValueError(f"must not be negative, got {array.min()}")
 
 
 def _check_finite(name: str, array: _Array) -> None:

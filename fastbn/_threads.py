@@ -14,14 +14,13 @@ The number is process-wide. It is, in this order:
 from __future__ import annotations
 
 import math
-import operator
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ContextDecorator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from fastbn import _native
+from fastbn import _native, _state
 
 __all__ = ["get_num_threads", "num_threads", "set_num_threads"]
 
@@ -41,19 +40,19 @@ def choose(
     """Find the number of threads to start with, on the system whose files are under `root`."""
     own = environ.get("FASTBN_NUM_THREADS", "").strip()
     if own:
-        number = _positive(own)
+        number = natural(own) or 0
         if not 1 <= number <= MAX_THREADS:
             raise ValueError(f"FASTBN_NUM_THREADS must be an integer from 1 to {MAX_THREADS}, got {own!r}")
         return Choice(number, f"FASTBN_NUM_THREADS={own}")
 
-    most = _positive(environ.get("OMP_THREAD_LIMIT", "").strip()) or MAX_THREADS
+    most = natural(environ.get("OMP_THREAD_LIMIT", "").strip()) or MAX_THREADS
     note = f"; OMP_THREAD_LIMIT={most}" if most < MAX_THREADS else ""
     most = min(most, MAX_THREADS)
     openmp = environ.get("OMP_NUM_THREADS", "").strip()
     if openmp:
-        number = _positive(openmp.partition(",")[0].strip())
-        if number:
-            return Choice(min(number, most), f"OMP_NUM_THREADS={openmp}{note}")
+        wish = natural(openmp.partition(",")[0].strip())
+        if wish:
+            return Choice(min(wish, most), f"OMP_NUM_THREADS={openmp}{note}")
         note += f"; OMP_NUM_THREADS={openmp!r} is not understood"
 
     cpus = _affinity() if cpus is None else cpus
@@ -64,9 +63,9 @@ def choose(
     return Choice(number, f"{len(cpus)} CPUs allowed, {cores} physical cores, {said}{note}")
 
 
-def _positive(text: str) -> int:
-    """Read a positive integer; 0 where there is none."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+def natural(text: str, digits: int = 9) -> int | None:
+    """Read a natural number of at most so many digits, and nothing else."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= digits else None
 
 
 def _affinity() -> Collection[int]:
@@ -124,7 +123,7 @@ def _quota(folder: Path) -> float:
         read(folder / name) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
     )
     try:
-        quota, period = map(_positive, words.split())
+        quota, period = map(natural, words.split())
     except ValueError:
         return math.inf
     return quota / period if quota and period else math.inf
@@ -156,7 +155,7 @@ def set_num_threads(n: int | None) -> None:
     TypeError
         If `n` is not an integer.
     ValueError
-        If `n` is out of range.
+        If `n` is out of range. Then nothing is set.
 
     See Also
     --------
@@ -181,13 +180,7 @@ def set_num_threads(n: int | None) -> None:
     if n is None:
         CHOICE = choose()
         n = CHOICE.number
-    try:
-        number = operator.index(n)
-    except TypeError:
-        raise TypeError(f"the number of threads must be an integer or None, got {type(n).__name__}") from None
-    if not 1 <= number <= MAX_THREADS:
-        raise ValueError(f"the number of threads must be from 1 to {MAX_THREADS}, got {number}")
-    _native.set_num_threads(number)
+    _native.set_num_threads(_state.as_integer("n", n, 1, MAX_THREADS))
 
 
 def get_num_threads() -> int:
@@ -206,17 +199,24 @@ def get_num_threads() -> int:
     return _native.get_num_threads()
 
 
-@contextmanager
-def num_threads(n: int) -> Iterator[None]:
+class num_threads(ContextDecorator):  # noqa: N801 -- called like a function, beside set_num_threads
     """Use another number of threads for the length of a ``with`` block, or of a function that it decorates.
 
     The number is the whole process's: other threads see it too while the block lasts, and blocks that overlap in
-    different threads end with whatever the last of them found.
+    different threads end with whatever the last of them found. One object may serve any number of blocks, also one
+    inside another.
 
     Parameters
     ----------
     n : int
         From 1 to 1024.
+
+    Raises
+    ------
+    TypeError
+        If `n` is not an integer.
+    ValueError
+        If `n` is out of range.
 
     See Also
     --------
@@ -229,9 +229,14 @@ def num_threads(n: int) -> Iterator[None]:
     ...     fastbn.get_num_threads()
     1
     """
-    before = get_num_threads()
-    set_num_threads(n)
-    try:
-        yield
-    finally:
-        set_num_threads(before)
+
+    def __init__(self, n: int) -> None:
+        self._n = _state.as_integer("n", n, 1, MAX_THREADS)
+        self._before: list[int] = []
+
+    def __enter__(self) -> None:
+        self._before.append(get_num_threads())
+        set_num_threads(self._n)
+
+    def __exit__(self, *_: object) -> None:
+        set_num_threads(self._before.pop())

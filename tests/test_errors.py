@@ -309,11 +309,11 @@ def test_folding(function, weight, bias, bn, named):
         getattr(fastbn, function)(given_weight, given_bias, layer)
 
 
-@pytest.mark.parametrize("n", [0, -1, 1.5, "2", 1 << 40], ids=str)
-@pytest.mark.parametrize("call", [lambda n: fastbn.set_num_threads(n), lambda n: fastbn.num_threads(n).__enter__()])
+@pytest.mark.parametrize("n", [0, -1, 1.5, "2", 1 << 40, True], ids=str)
+@pytest.mark.parametrize("call", [fastbn.set_num_threads, fastbn.num_threads])
 def test_number_of_threads(call, n):
     before = fastbn.get_num_threads()
-    with pytest.raises((TypeError, ValueError, OverflowError)):
+    with pytest.raises((TypeError, ValueError), match=r"^n must be "):
         call(n)
     assert fastbn.get_num_threads() == before
 
@@ -395,7 +395,7 @@ def test_a_gradient_that_its_dtype_cannot_hold_is_infinite():
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda: fastbn.set_num_threads("2"), "number of threads must be an integer or None, got str"),
+        (lambda: fastbn.set_num_threads("2"), "n must be an integer, got str"),
         (lambda: fastbn.moments(tensor()).var(ddof="1"), "ddof must be a number, got str"),
         (lambda: fastbn.FrozenBatchNorm.from_batch_norm(5), "bn must be a BatchNorm, got int"),
         (lambda: fastbn.FrozenBatchNorm.from_state_dict({}, 5), "prefix must be a str, got int"),

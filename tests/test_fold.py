@@ -41,6 +41,13 @@ def norm(channels, seed=0, **settings):
     return bn.eval()
 
 
+def with_(name, value):
+    """A layer of four channels with one number in it changed."""
+    bn = norm(4)
+    getattr(bn, name)[2] = value
+    return bn
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("rank", [0, 1, 2, 3])
@@ -149,23 +156,34 @@ WEIGHT = np.ones((4, 3, 2, 2), np.float32)
         ({"transposed": 1}, TypeError, "transposed must be a bool, got int"),
         ({"bn": (np.ones(4), np.ones(4), None, None, "1e-5")}, TypeError, "bn's eps must be a real number, got str"),
         ({"bn": (np.ones(4), np.ones(4), None, None, None)}, TypeError, "bn's eps must be a real number, got NoneType"),
-        ({"bn": (np.ones(4), np.ones(4), None, None, -1.0)}, ValueError, "bn's eps must be finite and from 0.0"),
-        ({"bn": (np.ones(4), np.ones(4), None, None, np.nan)}, ValueError, "bn's eps must be finite and from 0.0"),
+        ({"bn": (np.ones(4), np.ones(4), None, None, -1.0)}, ValueError, "must be finite and not negative, got -1.0"),
+        ({"bn": (np.ones(4), np.ones(4), None, None, np.nan)}, ValueError, "bn's eps must be finite and not"),
+        ({"bn": (np.ones(4), np.ones(4), None, None, True)}, TypeError, "bn's eps must be a real number, got bool"),
         ({"bn": (np.ones(4), "variance", None, None, 0.0)}, TypeError, "bn's var must be an array of real numbers"),
         ({"bn": fastbn.BatchNorm(4, activation="relu")}, ValueError, "activation 'relu', which cannot be folded"),
         ({"bn": fastbn.BatchNorm(4, activation="relu").freeze()}, ValueError, "activation 'relu'"),
         ({"bn": fastbn.BatchNorm(4, track_running_stats=False)}, ValueError, "must have running statistics, got None"),
         ({"bn": (np.ones(4), np.ones(4))}, ValueError, r"bn must be \(mean, var, weight, bias, eps\), got 2 values"),
         ({"bn": (np.ones(4), np.ones(3), None, None, 0.0)}, ValueError, r"bn's var must have shape \(4,\)"),
-        ({"bn": None}, TypeError, "bn must be a batch norm or"),
-        ({"bn": (np.ones(4), np.zeros(4), None, None, 0.0)}, ValueError, "weight has 48 values that are not finite"),
-        ({"bn": (np.ones(4), -np.ones(4), None, None, 0.0)}, ValueError, "weight has 48 values that are not finite"),
+        ({"bn": None}, TypeError, r"bn must be a batch norm or \(mean, var, weight, bias, eps\), got NoneType: "),
+        ({"bn": (np.ones(4), np.array([1.0, 1.0, 0.0, 0.0]), None, None, 0.0)}, ValueError,
+         "bn's var must be positive where bn's eps is 0, got 0.0 in channel 2"),
+        ({"bn": (np.ones(4), -np.ones(4), None, None, 2.0)}, ValueError, "bn's var must not be negative, got -1.0"),
+        ({"bn": with_("running_var", -1e-3)}, ValueError, "bn's running_var must not be negative, got -0.001"),
+        ({"bn": with_("running_var", np.nan)}, ValueError, "bn's running_var must be finite in float64, got 1 values"),
+        ({"bn": with_("running_mean", np.inf)}, ValueError, "bn's running_mean must be finite"),
+        ({"bn": with_("weight", np.nan)}, ValueError, "bn's weight must be finite"),
+        ({"bn": with_("bias", -np.inf)}, ValueError, "bn's bias must be finite"),
+        ({"bn": (np.ones(4), np.full(4, 1e-20), np.full(4, 1e300), None, 0.0)}, ValueError,
+         "folded weight has 48 values that are not finite in float32"),
         ({"weight": WEIGHT.astype("f2"), "bn": (np.ones(4), np.array([1, 1e-12, 1, 1]), None, None, 0.0)},
          ValueError, "folded weight has 12 values that are not finite in float16"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_folded_is_an_error(arguments, error, message):
-    """Seeded bugs: an activation that is dropped; an infinity in float16."""
+    """Seeded bugs: an activation that is dropped; an infinity in float16; a statistic that is not looked at, so that
+    the folded weight is blamed.
+    """
     with pytest.raises(error, match=message):
         fastbn.fold_conv(**{"weight": WEIGHT, "bias": None, "bn": norm(4), **arguments})
 
@@ -203,6 +221,41 @@ def test_the_report_tells_the_scale_of_every_channel(transposed, groups):
         mine = weight[g * inputs // groups : (g + 1) * inputs // groups, i] if transposed else weight[g * 3 + i]
         if transposed or groups == 2:
             assert report.range_before[g * (channels // groups) + i] == abs(mine).max()
+
+
+@pytest.mark.parametrize("size", [2.0**-1000, 2.0**-600, 2.0**600, 2.0**1020])
+def test_the_report_does_not_depend_on_the_size_of_the_weights(size):
+    """Seeded bug: squares that vanish or overflow, so that a layer of NaN or 0 errors fits, or none does."""
+    weight = np.random.default_rng(0).uniform(0.2, 1, size=(4, 30)) * [[1], [-2], [1], [4]]
+    bn = np.zeros(4), np.array([1.0, 1.0, 4.0, 256.0]), None, None, 0.0
+    with np.errstate(all="raise"):
+        plain, scaled = (fastbn.fold_report(w, None, bn) for w in (weight, weight * size))
+    for name in ("change", "int8_error_before", "int8_error_after", "int8_channel_error_after"):
+        assert_array_equal(getattr(scaled, name), getattr(plain, name))
+    assert (scaled.int8_error_before > 1e-4).all()
+
+
+def test_the_report_tells_of_channels_that_are_nothing_beside_the_others():
+    """Seeded bug: every channel scaled by the range of the tensor."""
+    weight = np.random.default_rng(0).normal(size=(3, 30)) * [[1e-300], [0], [1e300]]
+    report = fastbn.fold_report(weight, None, (np.zeros(3), np.ones(3), None, None, 0.0))
+    assert report.int8_error_after[:2].tolist() == [1, 0]
+    assert 0 < report.int8_error_after[2] < 0.01
+    assert report.fits_int8_per_channel
+    assert report.int8_channel_error_after[1] == 0 < report.int8_channel_error_after[0]
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 2, 3), (4, 6, 0)])
+@pytest.mark.parametrize(("transposed", "groups"), [(False, 1), (True, 1), (True, 2)])
+def test_the_report_of_no_weights(shape, transposed, groups):
+    """Seeded bug: `reshape(n, -1)`, which no weights do not fit."""
+    channels = groups * shape[1] if transposed else shape[0]
+    bn = np.zeros(channels), np.ones(channels), None, None, 0.0
+    report = fastbn.fold_report(np.ones(shape), None, bn, transposed=transposed, groups=groups)
+    assert report.change.shape == (channels,)
+    assert not report.int8_channel_error_after.any()
+    assert report.fits_int8_per_tensor
+    assert ("no channels" in str(report)) == (channels == 0)
 
 
 def test_the_report_tells_rounding():

@@ -186,19 +186,76 @@ def test_a_state_dict_must_have_the_statistics_and_nothing_unknown():
     ("arguments", "error", "message"),
     [
         ({"mean": None}, TypeError, "mean must be an array of real numbers, got NoneType"),
-        ({"mean": 0.0}, ValueError, "mean must have a one-dimensional array"),
+        ({"mean": 0.0}, ValueError, r"mean must be a one-dimensional array, got shape \(\)"),
         ({"var": np.ones(4)}, ValueError, r"var must have shape \(3,\), got shape \(4,\)"),
         ({"weight": np.ones((3, 1))}, ValueError, "weight must have shape"),
         ({"bias": ["a"] * 3}, TypeError, "bias must be an array of real numbers, got list"),
         ({"eps": -1.0}, ValueError, "eps must be"),
         ({"eps": "small"}, TypeError, "eps must be"),
+        ({"eps": True}, TypeError, "eps must be a real number, got bool"),
+        ({"negative_slope": True}, TypeError, "negative_slope must be a real number, got bool"),
+        ({"negative_slope": np.inf}, ValueError, "negative_slope must be finite, got inf"),
+        ({"channel_axis": 10**30}, ValueError, f"channel_axis must be from -64 to 63, got {10**30}"),
+        ({"channel_axis": -65}, ValueError, "channel_axis must be from -64 to 63, got -65"),
+        ({"channel_axis": True}, TypeError, "channel_axis must be an integer, got bool"),
         ({"activation": "gelu"}, ValueError, "activation must be"),
-        ({"dtype": "int32"}, TypeError, "dtype must have dtype float32, float64, float16 or bfloat16, got int32"),
+        ({"dtype": "int32"}, TypeError, "dtype must be float32, float64, float16 or bfloat16, got int32"),
+        ({"dtype": "float31"}, TypeError, "dtype must be float32, float64, float16 or bfloat16, got 'float31'"),
     ],
 )
 def test_arguments_are_checked(arguments, error, message):
     with pytest.raises(error, match=message):
         fastbn.FrozenBatchNorm.from_arrays(**{"mean": np.zeros(3), "var": np.ones(3), **arguments})
+    layer = {name: value for name, value in arguments.items() if name not in ("mean", "var", "weight", "bias")}
+    if layer:  # what the layer takes too, it refuses in the same words
+        with pytest.raises(error, match=message):
+            fastbn.BatchNorm(3, **layer)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("running_mean", np.inf, "must be finite"),
+        ("running_var", np.nan, "must be finite"),
+        ("running_var", np.inf, "must be finite"),
+        ("running_var", -1.0, "must not be negative, got -1.0"),
+        ("weight", -np.inf, "must be finite"),
+        ("bias", np.nan, "must be finite"),
+    ],
+)
+def test_no_way_leads_past_the_checks(name, value, message):
+    """Seeded bug: a way to make it that goes without `as_affine`, and serves NaN."""
+    bn = fastbn.BatchNorm(3)
+    getattr(bn, name)[1] = value
+    arrays = bn.running_mean, bn.running_var, bn.weight, bn.bias
+    good = fastbn.FrozenBatchNorm(np.zeros(3), np.ones(3))
+    rebuild, (cls, args, settings) = good.__reduce__()
+    made = {
+        "the class": lambda: fastbn.FrozenBatchNorm(*arrays),
+        "from_arrays": lambda: fastbn.FrozenBatchNorm.from_arrays(*arrays),
+        "from_state_dict": lambda: fastbn.FrozenBatchNorm.from_state_dict(bn.state_dict("a."), "a."),
+        "freeze": bn.freeze,
+        "from_batch_norm": lambda: fastbn.FrozenBatchNorm.from_batch_norm(bn),
+        "pickle": lambda: rebuild(cls, (*arrays, *args[4:]), settings),
+    }
+    for way, make in made.items():
+        named = name if way in ("from_state_dict", "freeze", "from_batch_norm") else name.removeprefix("running_")
+        with pytest.raises(ValueError, match=f"{named} {message}"):
+            make()
+
+
+def test_a_dtype_of_none_is_the_default():
+    """Seeded bug: NumPy's None, which is float64."""
+    zeros, ones, state = np.zeros(3), np.ones(3), fastbn.BatchNorm(3).state_dict()
+    for made in (
+        fastbn.BatchNorm(3, dtype=None),
+        fastbn.FrozenBatchNorm(zeros, ones, dtype=None),
+        fastbn.FrozenBatchNorm.from_arrays(zeros, ones, dtype=None),
+        fastbn.FrozenBatchNorm.from_state_dict(state, dtype=None),
+        fastbn.BatchNorm(3).freeze(None),
+    ):
+        assert made.dtype == np.float32
+    assert fastbn.BatchNorm(3, dtype="float64").freeze(None).dtype == np.float64
 
 
 def test_a_call_that_does_not_fit_writes_nothing():

@@ -239,16 +239,17 @@ def test_set_num_threads_out_of_range(n):
     before = fastbn.get_num_threads()
     with pytest.raises(ValueError, match=f"from 1 to 1024, got {n}"):
         fastbn.set_num_threads(n)
-    with pytest.raises(ValueError, match="from 1 to 1024"), fastbn.num_threads(n):
-        pass
+    with pytest.raises(ValueError, match=f"from 1 to 1024, got {n}"):
+        fastbn.num_threads(n)  # and not only when it is entered
     assert fastbn.get_num_threads() == before
 
 
-@pytest.mark.parametrize("n", [2.0, "2", [2]])
+@pytest.mark.parametrize("n", [2.0, "2", [2], True])
 def test_set_num_threads_wrong_type(n):
-    """Red with int() in place of operator.index()."""
-    with pytest.raises(TypeError):
-        fastbn.set_num_threads(n)
+    """Red with int() in place of operator.index(), or with a bool taken for a number."""
+    for call in (fastbn.set_num_threads, fastbn.num_threads):
+        with pytest.raises(TypeError, match=f"n must be an integer, got {type(n).__name__}"):
+            call(n)
 
 
 def test_num_threads_restores():
@@ -267,6 +268,29 @@ def test_num_threads_restores():
         fail()
     assert seen[1:] == [1024, 1, 1024]
     assert fastbn.get_num_threads() == seen[0]
+
+
+def test_num_threads_serves_any_number_of_blocks():
+    """Red with one number to return to for all blocks of an object, or with a generator, which serves one."""
+    before = fastbn.get_num_threads()
+    limit = fastbn.num_threads(1)
+    for _ in range(2):
+        with limit:
+            assert fastbn.get_num_threads() == 1
+            with fastbn.num_threads(1024):
+                with limit:
+                    assert fastbn.get_num_threads() == 1
+                assert fastbn.get_num_threads() == 1024
+            assert fastbn.get_num_threads() == 1
+        assert fastbn.get_num_threads() == before
+
+    @limit
+    def countdown(n):
+        assert fastbn.get_num_threads() == 1
+        return n and countdown(n - 1)
+
+    assert countdown(3) == 0
+    assert fastbn.get_num_threads() == before
 
 
 def test_team_or_no_team():
