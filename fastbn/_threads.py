@@ -6,9 +6,10 @@ The number is process-wide. It is, in this order:
    was configured wrongly should not start. Empty counts as unset.
 2. ``OMP_NUM_THREADS``, its first element if it is a list. It is not ours: what cannot be understood is passed over, and
    the reason says so.
-   ``OMP_THREAD_LIMIT`` is the most that this or the next rule gives.
 3. The smallest of: the CPUs in the affinity mask, the physical cores among them, and the CPU quota of the cgroup and of
    every cgroup above it (v1 and v2), rounded down; at least 1. What the system does not tell does not limit.
+
+``OMP_THREAD_LIMIT`` lowers what 2 and 3 give, and not what 1 gives.
 """
 
 from __future__ import annotations
@@ -163,9 +164,9 @@ def set_num_threads(n: int | None) -> None:
 
     Notes
     -----
-    Until it is called the number is that of the environment variable ``FASTBN_NUM_THREADS``, else of
-    ``OMP_NUM_THREADS``, else what affinity, physical cores and CPU quota allow, the last two no more than
-    ``OMP_THREAD_LIMIT``; `show_config` says which.
+    Until it is called the number is that of the environment variable ``FASTBN_NUM_THREADS``. Without it, it is that of
+    ``OMP_NUM_THREADS``, else what affinity, physical cores and CPU quota allow, and in both cases at most
+    ``OMP_THREAD_LIMIT``. `show_config` says which.
 
     Examples
     --------

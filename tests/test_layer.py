@@ -228,7 +228,8 @@ def test_backward_belongs_to_the_call_of_its_thread():
         meet.wait()
         results[i] = bn._last.call[0]
 
-    run([threading.Thread(target=work, args=(i,)) for i in range(8)])
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
     assert all(a is b for a, b in zip(inputs, results, strict=True))
 
 
@@ -507,13 +508,6 @@ def test_modes_and_repr():
     assert repr(fastbn.BatchNorm(3, momentum=None, affine=False)) == "BatchNorm(3, momentum=None, affine=False)"
 
 
-def run(threads):
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
 def test_training_from_many_threads_loses_no_batch():
     """Nor one that is kept out. Seeded bug: no lock around the counter and the statistics, which the cumulative average
     shows.
@@ -528,7 +522,8 @@ def test_training_from_many_threads_loses_no_batch():
             bn(x)
             bn(x * np.nan)
 
-    run([threading.Thread(target=work, args=(i,)) for i in range(8)])
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
     assert (bn.num_batches_tracked, bn.num_batches_skipped) == (400, 400)
     assert_allclose(bn.running_mean, [np.mean(range(8)) + 1, 0.0], rtol=1e-12)
 
@@ -693,7 +688,9 @@ def test_mean_and_variance_of_a_reader_belong_together():
             assert_allclose(deviation**2, deviation[0] ** 2, rtol=1e-9)
             assert_allclose(-y[0] * deviation, deviation[0] ** 2, rtol=1e-9)
 
-    run([threading.Thread(target=train), *(threading.Thread(target=read) for _ in range(2))])
+    with ThreadPoolExecutor(3) as pool:
+        for future in [pool.submit(function) for function in (train, read, read)]:
+            future.result()
 
 
 def test_layers_that_compare_equal_are_two_to_a_forked_child():

@@ -10,6 +10,7 @@ import pickle
 import resource
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -310,11 +311,8 @@ class TestThreadsAndForks:
                 if not ((y == value).all() and (held == value).all()) or counted("idle") > limit:
                     wrong.append(value)
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
         assert not wrong
         assert counted("blocks") <= 3 * 8  # the old two, until the new one takes a place
 
