@@ -109,10 +109,7 @@ def calibrate(
     >>> head.num_batches_tracked
     2
     """
-    if not isinstance(method, str):
-        raise TypeError(f"method must be one of {tuple(_METHODS)}, got {type(method).__name__}")
-    if method not in _METHODS:
-        raise ValueError(f"method must be one of {tuple(_METHODS)}, got {method!r}")
+    _native.choice("method", method, tuple(_METHODS))
     if not callable(network):
         raise TypeError(f"network must be a BatchNorm or a callable, got {type(network).__name__}")
     collectors = [_METHODS[method](name, layer) for name, layer in named_layers(network, layers).items()]

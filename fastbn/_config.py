@@ -37,7 +37,7 @@ def show_config(mode: str = "stdout") -> dict[str, dict[str, Any]] | None:
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         If `mode` is another.
 
     Examples
@@ -49,8 +49,7 @@ def show_config(mode: str = "stdout") -> dict[str, dict[str, Any]] | None:
     >>> config["threads"]["number"] == fastbn.get_num_threads()
     True
     """
-    if mode not in ("stdout", "dicts"):
-        raise ValueError(f"mode must be 'stdout' or 'dicts', got {mode!r}")
+    _native.choice("mode", mode, ("stdout", "dicts"))
     config: dict[str, dict[str, Any]] = {
         "version": {"fastbn": __version__, "python": platform.python_version(), "numpy": np.__version__},
         "isa": {

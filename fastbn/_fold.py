@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Protocol
 
 import numpy as np
@@ -78,9 +77,9 @@ def fold_conv(
     (array([0.5, 1. ], dtype=float32), array([-0.5,  0. ], dtype=float32))
     """
     weight = _floating("weight", weight, 2)
-    groups = _state.as_integer("groups", groups)
+    groups = _state.as_integer("groups", groups, 1)
     transposed = _native.flag("transposed", transposed)
-    if groups < 1 or weight.shape[0] % groups:
+    if weight.shape[0] % groups:
         kind = "input" if transposed else "output"
         raise ValueError(f"groups must divide the {weight.shape[0]} {kind} channels of weight, got {groups}")
     if transposed:
@@ -248,7 +247,7 @@ def fold_report(
     (False, True)
     """
     before = _floating("weight", weight, 2)
-    tolerance = _state.as_number("tolerance", tolerance, 0.0, math.inf)
+    tolerance = _native.number("tolerance", tolerance, 0.0)
     folded, _ = fold_conv(before, bias, bn, transposed=transposed, groups=groups)
     exact, _ = fold_conv(before.astype(np.float64), bias, bn, transposed=transposed, groups=groups)
 
@@ -311,7 +310,7 @@ def _affine(bn: _Foldable) -> tuple[_Float64, _Float64, _Float64]:
             ) from None
     if mean is None or var is None:
         raise ValueError("bn must have running statistics, got None")
-    eps = _state.as_number("bn's eps", eps, 0.0, math.inf)
+    eps = _native.number("bn's eps", eps, 0.0)
     names = f"{prefix}mean", f"{prefix}var", "bn's weight", "bn's bias"
     mean, var, gain, shift = _state.as_affine(mean, var, weight, bias, names)
     if eps == 0 and (var == 0).any():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
@@ -91,10 +90,10 @@ class FrozenBatchNorm(_native.Prepared):
         attributes: dict[str, Any] = {
             "dtype": _state.as_dtype("dtype", dtype),
             **dict(zip(("running_mean", "running_var", "weight", "bias"), arrays, strict=True)),
-            "eps": _state.as_number("eps", eps, 0.0, math.inf),
+            "eps": _native.number("eps", eps, 0.0),
             "channel_axis": _state.as_axis("channel_axis", channel_axis),
-            "activation": _state.as_choice("activation", activation, _native.ACTIVATIONS),
-            "negative_slope": _state.as_number("negative_slope", negative_slope, -math.inf, math.inf),
+            "activation": _native.choice("activation", activation, _native.ACTIVATIONS),
+            "negative_slope": _native.number("negative_slope", negative_slope),
         }
         super().__init__(*attributes.values())
         for name, value in attributes.items():

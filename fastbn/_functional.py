@@ -113,6 +113,7 @@ def batch_norm(
             out,
         )
         return y if out is None else out
+    _native.number("momentum", momentum)  # it plays no part here, and may be wrong all the same
     if running_mean is None or running_var is None:
         name = "running_mean" if running_mean is None else "running_var"
         raise TypeError(f"{name} must be a 1-D float array of one element per channel for inference, got None")

@@ -172,14 +172,11 @@ def train_eval_gap(
     """
     if not callable(network):
         raise TypeError(f"network must be a BatchNorm or a callable, got {type(network).__name__}")
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float, np.integer, np.floating)):
-        raise TypeError(f"tolerance must be a number, got {type(tolerance).__name__}")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+    tolerance = _native.number("tolerance", tolerance, 0.0)
     observers = [_Observer(name, layer) for name, layer in named_layers(network, layers).items()]
     with watched((o.layer, o.instead) for o in observers):
         count = feed(batches, network, "train_eval_gap", progress)
-    return GapReport(tuple(o.report(float(tolerance)) for o in observers), count)
+    return GapReport(tuple(o.report(tolerance) for o in observers), count)
 
 
 class _Observer:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import math
-import operator
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import IO, Any, Self
 
 import numpy as np
@@ -55,6 +53,18 @@ def _parameter(name: str, doc: str) -> property:
             _native.commit(layer, [(array, new)], None)
 
     return property(get, assign, doc=doc)
+
+
+def _setting(name: str, doc: str, checked: Callable[[Any], Any] | None = None) -> property:
+    """Return an attribute that checks what is assigned to it; without a check, one that is as the layer was made."""
+
+    def get(layer: BatchNorm) -> Any:
+        return getattr(layer, "_" + name)
+
+    def assign(layer: BatchNorm, value: Any) -> None:
+        setattr(layer, "_" + name, checked(value))  # type: ignore[misc]
+
+    return property(get, assign if checked else None, doc=doc)
 
 
 class BatchNorm:
@@ -119,6 +129,9 @@ class BatchNorm:
     So do not change `x` in between, nor weight and bias. A server wants `freeze`, or ``eval(backward=False)``, which
     remember nothing.
 
+    The arguments are attributes, too. What is assigned to them is checked; `num_features`, `affine`,
+    `track_running_stats` and `dtype` stay as they are.
+
     Several threads may use one layer. Training calls wait for one another; calls in eval mode do not. The running
     statistics and the counter change together or, on any error, not at all.
 
@@ -141,6 +154,15 @@ class BatchNorm:
     >>> bn.grad_bias
     array([2., 2.], dtype=float32)
     """
+
+    # What a call reads; the properties below check what is assigned.
+    _eps: float
+    _momentum: float | None
+    _channel_axis: int
+    _activation: str | None
+    _negative_slope: float
+    _on_nonfinite: str
+    _training: bool
 
     def __init__(
         self,
@@ -188,17 +210,15 @@ class BatchNorm:
         dtype: DTypeLike | None,
         on_nonfinite: str,
     ) -> None:
-        self.num_features = _state.as_integer("num_features", num_features)
-        if self.num_features < 0:
-            raise ValueError(f"num_features must be at least 0, got {num_features}")
-        self.eps = _state.as_number("eps", eps, 0.0, math.inf)
-        self.momentum = None if momentum is None else _state.as_number("momentum", momentum, 0.0, 1.0)
-        self.affine = _native.flag("affine", affine)
-        self.track_running_stats = _native.flag("track_running_stats", track_running_stats)
-        self.channel_axis = _state.as_axis("channel_axis", channel_axis)
-        self.activation = _state.as_choice("activation", activation, _native.ACTIVATIONS)
-        self.negative_slope = _state.as_number("negative_slope", negative_slope, -math.inf, math.inf)
-        self.dtype = _state.as_dtype("dtype", dtype)
+        self._num_features = _state.as_integer("num_features", num_features, 0)
+        self.eps = eps
+        self.momentum = momentum
+        self._affine = _native.flag("affine", affine)
+        self._track_running_stats = _native.flag("track_running_stats", track_running_stats)
+        self.channel_axis = channel_axis
+        self.activation = activation
+        self.negative_slope = negative_slope
+        self._dtype = _state.as_dtype("dtype", dtype)
         self.on_nonfinite = on_nonfinite
         self.training = True
         self.num_batches_skipped = 0
@@ -223,6 +243,25 @@ class BatchNorm:
         self._running_var: Any = arrays.get("running_var")
         self._tracked: Any = int(arrays["num_batches_tracked"]) if self.track_running_stats else None
 
+    num_features = _setting("num_features", "Channels, C.")
+    affine = _setting("affine", "Whether there are `weight` and `bias`.")
+    track_running_stats = _setting("track_running_stats", "Whether there are running statistics.")
+    dtype = _setting("dtype", "Of the data.")
+    eps = _setting("eps", "Added to the variance.", lambda v: _native.number("eps", v, 0.0))
+    momentum = _setting(
+        "momentum",
+        "Share of a batch in the running statistics; None for the plain average over all batches.",
+        lambda v: None if v is None else _native.number("momentum", v, 0.0, 1.0),
+    )
+    channel_axis = _setting("channel_axis", "The axis of the channels.", lambda v: _state.as_axis("channel_axis", v))
+    activation = _setting("activation", "Applied last.", lambda v: _native.choice("activation", v, _native.ACTIVATIONS))
+    negative_slope = _setting("negative_slope", 'Of ``"leaky_relu"``.', lambda v: _native.number("negative_slope", v))
+    on_nonfinite = _setting(
+        "on_nonfinite",
+        'What a training batch does whose statistics are not finite: "propagate", "skip" or "raise".',
+        lambda v: _native.choice("on_nonfinite", v, _GUARDS),
+    )
+    training = _setting("training", "The mode.", lambda v: _native.flag("training", v))
     weight = _parameter("weight", "Scale of every channel, shape (C,); None with ``affine=False``.")
     bias = _parameter("bias", "Shift of every channel, shape (C,); None with ``affine=False``.")
     running_mean = _parameter("running_mean", "Running mean, shape (C,); None with ``track_running_stats=False``.")
@@ -237,20 +276,18 @@ class BatchNorm:
     def num_batches_tracked(self, value: int) -> None:
         if self._tracked is None:
             raise ValueError("num_batches_tracked cannot be assigned: this layer was made without it")
-        number = _state.as_integer("num_batches_tracked", value)
-        if not 0 <= number <= _state.COUNTER_MAX:
-            raise ValueError(f"num_batches_tracked must be from 0 to 2**62, got {number}")
+        number = _state.as_integer("num_batches_tracked", value, 0, _state.COUNTER_MAX)
         with self._lock:
             self._tracked = number
 
     @property
-    def on_nonfinite(self) -> str:
-        """What a training batch does whose statistics are not finite: "propagate", "skip" or "raise"."""
-        return self._on_nonfinite
+    def num_batches_skipped(self) -> int:
+        """Batches that `on_nonfinite` kept out of the running statistics."""
+        return self._skipped
 
-    @on_nonfinite.setter
-    def on_nonfinite(self, value: str) -> None:
-        self._on_nonfinite: str = _state.as_choice("on_nonfinite", value, _GUARDS)
+    @num_batches_skipped.setter
+    def num_batches_skipped(self, value: int) -> None:
+        self._skipped = _state.as_integer("num_batches_skipped", value, 0, _state.COUNTER_MAX)
 
     def __call__(self, x: Any, residual: Any = None, out: _Array | None = None) -> _Array:
         """Normalize `x`.
@@ -283,47 +320,52 @@ class BatchNorm:
         >>> float(bn(x, residual=-x).max()) == 0.0
         True
         """
-        if not self.training and self.track_running_stats:
-            if not self._backward_follows:
-                return _native.normalize(
-                    x, self._running_mean, self._running_var, self._weight, self._bias, self.eps, self.channel_axis,
-                    self.activation, self.negative_slope, residual, out,
+        try:
+            if not self._training and self._track_running_stats:
+                if not self._backward_follows:
+                    return _native.normalize(
+                        x, self._running_mean, self._running_var, self._weight, self._bias, self._eps,
+                        self._channel_axis, self._activation, self._negative_slope, residual, out,
+                    )  # fmt: skip
+                y, saved = _native.forward_eval(
+                    x, self._running_mean, self._running_var, self._weight, self._bias, self._eps, self._channel_axis,
+                    self._activation, self._negative_slope, residual, out,
                 )  # fmt: skip
-            y, saved = _native.forward_eval(
-                x, self._running_mean, self._running_var, self._weight, self._bias, self.eps, self.channel_axis,
-                self.activation, self.negative_slope, residual, out,
-            )  # fmt: skip
-        elif self.track_running_stats:
-            with self._lock:
-                momentum = self.momentum
-                if momentum is None:
-                    momentum = 1.0 / (self._tracked + 1)
-                if self._on_nonfinite == "raise":
-                    self._refuse_nonfinite(x)
-                # It counts, too, in `_tracked` or `num_batches_skipped`: here a signal handler, which may save the
-                # layer, could come between the change of the running statistics and that of the counter.
-                y, saved = _native.forward_train(
-                    x, self._running_mean, self._running_var, self._weight, self._bias, momentum, self.eps,
-                    self.channel_axis, self.activation, self.negative_slope, residual, out,
-                    self._on_nonfinite != "propagate", self,
+            elif self._track_running_stats:
+                with self._lock:
+                    momentum = self._momentum
+                    if momentum is None:
+                        momentum = 1.0 / (self._tracked + 1)
+                    if self._on_nonfinite == "raise":
+                        self._refuse_nonfinite(x)
+                    # It counts, too, in `_tracked` or `num_batches_skipped`: here a signal handler, which may save the
+                    # layer, could come between the change of the running statistics and that of the counter.
+                    y, saved = _native.forward_train(
+                        x, self._running_mean, self._running_var, self._weight, self._bias, momentum, self._eps,
+                        self._channel_axis, self._activation, self._negative_slope, residual, out,
+                        self._on_nonfinite != "propagate", self,
+                    )  # fmt: skip
+            else:
+                if not self._affine:
+                    self._check_channels(x)
+                y, saved = _native.forward(
+                    x, self._weight, self._bias, self._eps, self._channel_axis, self._activation, self._negative_slope,
+                    residual, out,
                 )  # fmt: skip
-        else:
-            if not self.affine:
-                self._check_channels(x)
-            y, saved = _native.forward(
-                x, self._weight, self._bias, self.eps, self.channel_axis, self.activation, self.negative_slope,
-                residual, out,
-            )  # fmt: skip
+        except ValueError:
+            self._check_channels(x)  # what is wrong then is x, and not what it was compared with
+            raise
         self._last.call = (x if out is None or not _overlap(x, out) else None), saved
         return y if out is None else out
 
     forward = __call__
 
     def _check_channels(self, x: Any) -> None:
-        """Without parameters and statistics the kernel has nothing to compare x with."""
-        shape, axis = np.shape(x), self.channel_axis
-        if -len(shape) <= axis < len(shape) and shape[axis] != self.num_features:
-            raise ValueError(f"x must have {self.num_features} channels along axis {axis}, got shape {tuple(shape)}")
+        shape, axis = getattr(x, "shape", ()), self._channel_axis
+        if isinstance(shape, tuple) and -len(shape) <= axis < len(shape) and shape[axis] != self._num_features:
+            raise ValueError(
+                f"x must have {self._num_features} channels along axis {axis}, got shape {tuple(shape)}"
+            ) from None
 
     def _refuse_nonfinite(self, x: Any) -> None:
         """Raise if the statistics of `x` are not finite in the dtype of the running ones."""
@@ -388,7 +430,7 @@ class BatchNorm:
         dx, grad_weight, grad_bias, self.grad_residual = _native.backward(
             grad_output, x, saved, self._weight, self._bias, out
         )
-        if self.affine:
+        if self._affine:
             self.grad_weight, self.grad_bias = grad_weight, grad_bias
         if out is not None and _overlap(x, out):
             self._last.call = None, saved
@@ -407,7 +449,7 @@ class BatchNorm:
         >>> fastbn.BatchNorm(3).train(False).training
         False
         """
-        self.training = _native.flag("mode", mode)
+        self._training = _native.flag("mode", mode)
         self._backward_follows = True
         return self
 
@@ -427,7 +469,7 @@ class BatchNorm:
         False
         """
         self._backward_follows = _native.flag("backward", backward)
-        self.training = False
+        self._training = False
         if not backward:
             self._last = threading.local()
         return self
@@ -543,9 +585,9 @@ class BatchNorm:
 
         Raises
         ------
-        ValueError
-            If the layer holds what `load` refuses: a value that is not finite, or a negative variance. Then nothing is
-            written.
+        ValueError, OSError
+            As of `fastbn.save`; and if the layer holds what `load` refuses: a value that is not finite, or a negative
+            variance. Then nothing is written.
 
         Examples
         --------
@@ -579,6 +621,7 @@ class BatchNorm:
             If the file cannot be opened.
         ValueError
             As of `fastbn.load` and `load_state_dict`. Names, shapes and dtypes are checked before anything is inflated.
+            A file of more than 64 MiB, where the layer is smaller, takes `fastbn.load`, which can be allowed more.
 
         Examples
         --------
@@ -623,17 +666,19 @@ class BatchNorm:
         # Into a layer of no memory first: what is pickled may be anything, also a wrong number of channels.
         new = object.__new__(type(self))
         try:
-            version, settings = pickled["version"], pickled["settings"]
+            version = pickled.get("version") if isinstance(pickled, Mapping) else _PICKLE_VERSION
             if version != _PICKLE_VERSION:
-                raise ValueError(f"its version is {version!r}, and this fastbn reads {_PICKLE_VERSION}")
-            new._configure(**settings)
-            new.train(pickled["training"])
-            new.num_batches_skipped = operator.index(pickled["num_batches_skipped"])
-            if new.num_batches_skipped < 0:
-                raise ValueError(f"num_batches_skipped must not be negative, got {new.num_batches_skipped}")
-            state = {"num_batches_tracked": None} | pickled["state"] if new.track_running_stats else pickled["state"]
+                raise ValueError(f"version must be {_PICKLE_VERSION}, got {_native.said(version)}")
+            _state.check_keys("what was pickled", pickled, _PICKLED)
+            _state.check_keys("settings", pickled["settings"], _SETTINGS)
+            new._configure(**pickled["settings"])
+            new.training = pickled["training"]
+            new.num_batches_skipped = pickled["num_batches_skipped"]
+            state = pickled["state"]
+            if isinstance(state, Mapping):
+                state = _state.StateDict(state)  # of the version that has a counter
             arrays, _ = _state.check_state(state, new._template(), new._name(), finite=False)
-        except (KeyError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"not the pickled state of a BatchNorm: {error}") from error
         new._fill(arrays)
         self.__dict__.update(new.__dict__)
@@ -653,6 +698,7 @@ class BatchNorm:
 
 
 _SETTINGS = tuple(inspect.signature(BatchNorm).parameters)
+_PICKLED = ("version", "settings", "training", "num_batches_skipped", "state")
 
 
 def _overlap(x: Any, out: _Array) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import operator
+import numbers
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastbn import _native
 from fastbn._state import as_parameter
 
 __all__ = ["Moments"]
@@ -64,6 +64,7 @@ class Moments:
     array([14., 14.])
     """
 
+    __array_ufunc__ = None  # an array is no part of a sum
     __slots__ = ("count", "m2", "mean", "mean_lo")
 
     count: float
@@ -118,12 +119,9 @@ class Moments:
         >>> fastbn.Moments(4, [0.0], [8.0]).var()
         array([2.])
         """
-        try:
-            enough = self.count > ddof
-        except TypeError:
-            raise TypeError(f"ddof must be a number, got {type(ddof).__name__}") from None
-        if not enough:
-            raise ValueError(f"var(ddof={ddof}) needs a count above {ddof}, got {self.count}")
+        ddof = _native.number("ddof", ddof)
+        if not self.count > ddof:
+            raise ValueError(f"var(ddof={ddof:g}) needs a count above {ddof:g}, got {self.count}")
         return self.m2 / (self.count - ddof)
 
     def __add__(self, other: Moments) -> Moments:
@@ -157,10 +155,5 @@ class Moments:
 
 
 def _as_count(count: Any) -> float:
-    try:
-        number: float = float(count) if isinstance(count, (float, np.floating)) else operator.index(count)
-    except TypeError:
-        raise TypeError(f"count must be a number, got {type(count).__name__}") from None
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"count must be finite and at least 0, got {count}")
-    return number
+    number = _native.number("count", count, 0.0)
+    return int(count) if isinstance(count, numbers.Integral) else number

@@ -8,7 +8,7 @@ cimport cython
 cimport numpy as cnp
 from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_New
-from libc.math cimport isfinite, isnan, sqrt
+from libc.math cimport INFINITY, isfinite, sqrt
 from libc.stdint cimport SIZE_MAX, int64_t, intptr_t, uint8_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
@@ -221,38 +221,52 @@ cdef int dtype_code(cnp.ndarray a) except -2:
 cdef fbn_act activation_of(object name, object negative_slope) except *:
     cdef fbn_act act
     act.kind = FBN_IDENTITY
-    act.negative_slope = 0.0
-    if name is None:
-        return act
-    if not isinstance(name, str):
-        raise TypeError(f"activation must be None or one of {ACTIVATIONS[1:]}, got {type(name).__name__}")
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be None or one of {ACTIVATIONS[1:]}, got {name!r}")
-    act.kind = <fbn_activation><int>ACTIVATIONS.index(name)
-    act.negative_slope = number(negative_slope, "negative_slope")
-    if not isfinite(act.negative_slope):
-        raise ValueError(f"negative_slope must be finite, got {negative_slope!r}")
+    act.negative_slope = real("negative_slope", negative_slope, -INFINITY, INFINITY)
+    if name is not None:
+        act.kind = <fbn_activation><int>ACTIVATIONS.index(choice("activation", name, ACTIVATIONS))
     return act
 
 
-cdef double number(object value, str name) except? -1.0:
+cdef double real(str name, object value, double low, double high) except? -1.0:
+    cdef double result
     if type(value) is float:
-        return <double>value
-    if value is None or isinstance(value, (str, bytes, bool, np.bool_)) or getattr(value, "shape", ()) != ():
-        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name} must fit a float, got an integer of {value.bit_length()} bits") from None
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a real number, got {type(value).__name__}") from None
+        result = value
+    else:
+        if isinstance(value, (bool, np.bool_, str, bytes)) or getattr(value, "shape", ()) != ():
+            raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+        try:
+            result = float(value)
+        except OverflowError:
+            result = INFINITY
+        except (TypeError, ValueError):
+            raise TypeError(f"{name} must be a real number, got {type(value).__name__}") from None
+    if not (isfinite(result) and low <= result <= high):
+        bounds = f"from {low} to {high}" if high < INFINITY else "finite" if low < 0.0 else "finite and not negative"
+        raise ValueError(f"{name} must be {bounds}, got {said(value)}")
+    return result
 
 
-cdef double epsilon(object eps) except? -1.0:
-    cdef double value = number(eps, "eps")
-    if not (isfinite(value) and value >= 0.0):
-        raise ValueError(f"eps must be finite and not negative, got {eps!r}")
+def number(str name, value, double low=-INFINITY, double high=INFINITY):
+    """A finite float within bounds."""
+    return real(name, value, low, high)
+
+
+def choice(str name, value, tuple choices):
+    """One of some strings, and None where that is among them."""
+    if not (isinstance(value, str) or (value is None and None in choices)):
+        raise TypeError(f"{name} must be one of {choices}, got {type(value).__name__}")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {said(value)}")
     return value
+
+
+def said(value):
+    """What came, for a message: as it prints, if it does, in a few words."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of thousands of digits, or what has a repr of its own
+        text = f"an integer of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
+    return text if len(text) <= 80 else text[:60] + "... (" + str(len(text)) + " characters)"
 
 
 def flag(str name, value):
@@ -304,7 +318,7 @@ cdef int axis_of(cnp.ndarray x, object channel_axis) except -1:
     except OverflowError:
         axis = ndim
     if axis < -ndim or axis >= ndim:
-        raise ValueError(f"channel_axis must be from {-ndim} to {ndim - 1} for {ndim}-D x, got {channel_axis}")
+        raise ValueError(f"channel_axis must be from {-ndim} to {ndim - 1} for {ndim}-D x, got {said(channel_axis)}")
     return <int>(axis + ndim if axis < 0 else axis)
 
 
@@ -809,9 +823,9 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
     cdef int code = data_code(x, "x")
     cdef int axis = axis_of(x, channel_axis)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(x, axis)
-    cdef double eps = epsilon(eps_given)
+    cdef double eps = real("eps", eps_given, 0.0, INFINITY)
     cdef fbn_act act = activation_of(activation, negative_slope)
-    cdef double factor = number(momentum, "momentum")
+    cdef double factor = real("momentum", momentum, -INFINITY, INFINITY)
     cdef cnp.ndarray residual = None
     cdef cnp.ndarray y
     cdef _ParamBlock p = params(channels, 2)
@@ -832,8 +846,6 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
         running_check(running_mean, channels, "running_mean")
     if running_var is not None:
         running_check(running_var, channels, "running_var")
-    if not isfinite(factor):
-        raise ValueError(f"momentum must be finite, got {factor}")
     if residual_given is not None:
         residual = view_of(residual_given, "residual")
         check_like(residual, x, code, "residual")
@@ -849,7 +861,7 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
     if layer is not None:
         before = layer._tracked
         tracked = before + 1
-        skipped = layer.num_batches_skipped + 1
+        skipped = layer._skipped + 1
     stats.mean, stats.mean_lo, stats.m2 = saved.mean_, saved.mean_lo, saved.var_
     o = arrange_forward(saved, x, residual, y, code, axis, channels, &geo)
     gate = gate_data(saved)
@@ -870,7 +882,7 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
         stats.m2[i] /= <double>stats.count
     if layer is not None:
         if not saved.moved:
-            layer.num_batches_skipped = skipped
+            layer._skipped = skipped
         elif layer._tracked is before:
             layer._tracked = tracked
         else:  # an argument has code of its own, which has trained the layer meanwhile: count both
@@ -1026,7 +1038,7 @@ cdef int fill_affine(fbn_affine *affine, _ParamBlock p, object mean, object var,
                      object eps, str mean_name="mean", str var_name="var") except -1:
     cdef cnp.ndarray m
     cdef cnp.ndarray v
-    affine.eps = epsilon(eps)
+    affine.eps = real("eps", eps, 0.0, INFINITY)
     m = readable(mean, p.channels, mean_name)
     v = readable(var, p.channels, var_name)
     return load_parameters(affine, p, weight, bias, m, v)
@@ -1221,7 +1233,7 @@ def backward_reduce(grad_output, x, mean, channel_axis):
     cdef int axis = axis_of(vx, channel_axis)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(vx, axis)
     cdef fbn_affine affine
-    cdef fbn_act act = activation_of(None, None)
+    cdef fbn_act act = activation_of(None, 0.0)
     cdef Geometry geo
     cdef _Operands o
     cdef fbn_status status
@@ -1253,14 +1265,14 @@ def backward_apply(grad_output, x, mean, var, weight, sum_dy, sum_dy_xmu, count,
     cdef int axis = axis_of(vx, channel_axis)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(vx, axis)
     cdef fbn_affine affine
-    cdef fbn_act act = activation_of(None, None)
+    cdef fbn_act act = activation_of(None, 0.0)
     cdef Geometry geo
     cdef _Operands o
     cdef fbn_status status
     cdef int threads = fbn_get_num_threads()
     cdef _ParamBlock p = params(channels, 6)
     cdef cnp.ndarray dx
-    cdef double n = number(count, "count")
+    cdef double n = real("count", count, 0.0, INFINITY)
     cdef double *a = p.slot(4)
     cdef double *b = p.slot(5)
     check_like(dy, vx, code, "grad_output")
@@ -1268,8 +1280,6 @@ def backward_apply(grad_output, x, mean, var, weight, sum_dy, sum_dy_xmu, count,
     fill_affine(&affine, p, mean, var, weight, None, eps)
     load(sum_dy, channels, "sum_dy", a)
     load(sum_dy_xmu, channels, "sum_dy_xmu", b)
-    if not (isfinite(n) and n >= 0.0):
-        raise ValueError(f"count must be finite and not negative, got {count!r}")
     dx = output(out, vx, code, "out")
     if cnp.PyArray_SIZE(vx) > 0:
         o = arrange(vx, dy, dx, None, code, axis, channels, NULL, None, &geo)
@@ -1322,20 +1332,11 @@ def known_isas():
     return tuple(names)
 
 
-cdef int cap_isa(str name) except -1:
-    """The best tier up to `name`, whether the machine has that one or a lesser."""
-    if not fbn_dispatch(name.encode()):
-        raise ValueError(
-            f"ISA {name!r} cannot run here; this machine has {', '.join(isas())}" if name in known_isas()
-            else f"unknown ISA {name!r}; the known ones are {', '.join(known_isas())}"
-        )
-    return 0
-
-
-def use_isa(str name not None):
-    if name in known_isas() and name not in isas():
-        raise ValueError(f"ISA {name!r} cannot run here; this machine has {', '.join(isas())}")
-    cap_isa(name)
+def use_isa(name):
+    """Exactly this tier."""
+    if choice("isa", name, known_isas()) not in isas():
+        raise ValueError(f"isa must be one that this machine has, {', '.join(isas())}; got {name!r}")
+    fbn_dispatch(name.encode())
 
 
 def parallel_runtime():
@@ -1395,13 +1396,17 @@ def copy(src, dst, int threads):
 
 
 cdef int _init() except -1:
-    cap = os.environ.get("FASTBN_ISA") or None
+    cap = os.environ.get("FASTBN_ISA", "").strip()
+    cdef bytes name = choice("FASTBN_ISA", cap, known_isas()).encode() if cap else None
+    cdef const char *best = NULL
     fbn_machine_init()
     fbn_parallel_init()
     fbn_recycle_init()
-    fbn_dispatch(NULL)
-    if cap is not None:
-        cap_isa(cap)
+    # The best tier up to that one, whether the machine has it or a lesser.
+    if name is not None:
+        best = name
+    if not fbn_dispatch(best):
+        raise ValueError(f"FASTBN_ISA must be one that this machine could have, such as {', '.join(isas())}; got {cap!r}")
     return 0
 
 

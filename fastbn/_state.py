@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import operator
 import os
 import re
 import secrets
+import shutil
+import stat
 import struct
+import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -27,11 +29,10 @@ __all__ = [
     "StateDict",
     "as_affine",
     "as_axis",
-    "as_choice",
     "as_dtype",
     "as_integer",
-    "as_number",
     "as_parameter",
+    "check_keys",
     "check_prefix",
     "check_state",
     "load",
@@ -49,7 +50,6 @@ _COUNTER = "num_batches_tracked"
 COUNTER_MAX = 1 << 62
 # Of the dimensions that an array may have; FBN_MAX_DIMS, and NumPy's.
 _MOST_AXES = 64
-_MOST = int(np.iinfo(np.intp).max)
 _FILE_VERSION = 1
 # The comment of an archive: its version and how many arrays it has, so that none can get lost unnoticed.
 _COMMENT = "fastbn state %d of %d arrays"
@@ -84,21 +84,13 @@ def as_parameter(
     positive: bool = False,
 ) -> _Array:
     """Return a new contiguous array of `dtype` with the values of `value`, one real number per channel."""
-    try:
-        array = plain(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be an array of real numbers, got {type(value).__name__}: {error}") from error
-    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
-        raise TypeError(f"{name} must be an array of real numbers, got {_kind(value, array)}")
+    array = _real_array(name, value)
     if array.ndim != 1 or (shape is not None and array.shape != shape):
         expected = "be a one-dimensional array" if shape is None else f"have shape {shape}"
         raise ValueError(f"{name} must {expected}, got shape {array.shape}")
     with np.errstate(over="ignore"):
         result = np.array(array, dtype=dtype, order="C")
-    try:
-        _check_values(result, finite, positive)
-    except ValueError as error:
-        raise ValueError(f"{name} {error}") from None
+    _check_values(name, result, finite, positive)
     return result
 
 
@@ -124,28 +116,19 @@ def as_axis(name: str, value: Any) -> int:
     return as_integer(name, value, -_MOST_AXES, _MOST_AXES - 1)
 
 
-def as_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
-    """Return `value`, which must be one of these names, or None where that is among them."""
-    if value is not None and not isinstance(value, str):
-        raise TypeError(f"{name} must be one of {choices}, got {type(value).__name__}")
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-    return value
-
-
 def as_dtype(name: str, value: DTypeLike | None, default: DTypeLike = np.float32) -> np.dtype[Any]:
     """Return the dtype of data that `value` names; None is the default, and not float64, as it is to NumPy."""
     try:
-        dtype = np.dtype(default if value is None else value).newbyteorder("=")
-    except (TypeError, ValueError):
+        dtype: np.dtype[Any] | None = np.dtype(default if value is None else value).newbyteorder("=")
+    except (TypeError, ValueError, RuntimeError):
         dtype = None
     if dtype is None or dtype.name not in _native.DTYPES:
         *most, last = _native.DTYPES
-        raise TypeError(f"{name} must be {', '.join(most)} or {last}, got {repr(value) if dtype is None else dtype}")
+        raise TypeError(f"{name} must be {', '.join(most)} or {last}, got {dtype or _native.said(value)}")
     return dtype
 
 
-def as_integer(name: str, value: Any, low: int = -_MOST, high: int = _MOST) -> int:
+def as_integer(name: str, value: Any, low: int, high: int = sys.maxsize) -> int:
     """Return `value`, which must be an integer within these bounds."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
@@ -154,24 +137,7 @@ def as_integer(name: str, value: Any, low: int = -_MOST, high: int = _MOST) -> i
     if number is None:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if not low <= number <= high:
-        raise ValueError(f"{name} must be from {low} to {high}, got {number}")
-    return number
-
-
-def as_number(name: str, value: Any, low: float, high: float) -> float:
-    """Return `value`, which must be a finite real number within these bounds."""
-    finite = {(0.0, math.inf): "finite and not negative", (-math.inf, math.inf): "finite"}
-    expected = finite.get((low, high), f"from {low} to {high}")
-    if isinstance(value, (str, bytes, bool, np.bool_)):
-        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
-    try:
-        number = float(value)
-    except OverflowError:
-        raise ValueError(f"{name} must be {expected}, got an integer beyond all floats") from None
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a real number, got {type(value).__name__}") from None
-    if not (math.isfinite(number) and low <= number <= high):
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
+        raise ValueError(f"{name} must be from {_power(low)} to {_power(high)}, got {_native.said(number)}")
     return number
 
 
@@ -189,6 +155,15 @@ def template(channels: int, dtype: DTypeLike, affine: bool, track_running_stats:
     if track_running_stats:
         arrays[_COUNTER] = _zeros((), np.int64)
     return arrays
+
+
+def check_keys(what: str, value: Any, names: Collection[str]) -> None:
+    """Refuse what is no mapping with these keys and no others."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{what} must be a mapping, got {type(value).__name__}")
+    problems = _wrong_keys([n for n in names if n not in value], [str(key) for key in value if key not in names])
+    if problems:
+        raise ValueError(f"{what} must have the keys {', '.join(names)}: {'; '.join(problems)}")
 
 
 def check_prefix(prefix: Any) -> None:
@@ -226,17 +201,14 @@ def check_state(
         for key in state
         if not isinstance(key, str) or (key.startswith(prefix) and key.removeprefix(prefix) not in expected)
     ]
-    strict = _native.flag("strict", strict)
-    problems = [f"{what} {_listed(keys)}" for what, keys in (("missing", missing), ("unknown", unknown)) if keys]
-    if not strict:
-        problems = []
+    problems = _wrong_keys(missing, unknown) if _native.flag("strict", strict) else []
     arrays = {}
     for name, like in expected.items():
         if prefix + name in state:
             try:
-                arrays[name] = _converted(state[prefix + name], like, finite, name == "running_var")
-            except ValueError as error:
-                problems.append(f"{prefix}{name} {error}")
+                arrays[name] = _converted(prefix + name, state[prefix + name], like, finite, name == "running_var")
+            except (TypeError, ValueError) as error:
+                problems.append(str(error))
     if problems:
         raise ValueError(f"this state does not fit {owner}: {'; '.join(problems)}")
     return arrays, IncompatibleKeys(missing, unknown)
@@ -250,7 +222,8 @@ def save(file: _File, state: Mapping[str, ArrayLike], *, max_bytes: int = MAX_BY
     Parameters
     ----------
     file : str, os.PathLike or binary file
-        A path is written under another name first and renamed, so that it never holds half a file.
+        A path is written under another name first and renamed, so that it never holds half a file. A file that was
+        there leaves its permissions; a link is followed.
     state : mapping of str to array_like
         Finite real numbers: what `load` will accept.
     max_bytes : int, default 64 MiB
@@ -262,7 +235,10 @@ def save(file: _File, state: Mapping[str, ArrayLike], *, max_bytes: int = MAX_BY
         If `state` is not a mapping, a name is not a str, or an array does not hold real numbers of a NumPy type.
     ValueError
         If a value is not finite, a name cannot be one in an archive, the arrays take more than `max_bytes`, or there
-        are so many that their names take more than `load` reads. Then nothing is written.
+        are so many that their names take more than `load` reads; or if `file` is the path of a device or a pipe. Then
+        nothing is written.
+    OSError
+        If the file cannot be written.
 
     Notes
     -----
@@ -284,14 +260,12 @@ def save(file: _File, state: Mapping[str, ArrayLike], *, max_bytes: int = MAX_BY
         if not isinstance(name, str):
             raise TypeError(f"a name in a state must be a str, got {type(name).__name__}")
         if zipfile.ZipInfo(name).filename != name:
-            raise ValueError(f"a name in a state must be one that an archive can hold, got {name[:80]!r}")
-        try:
-            arrays[name] = plain(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"{name} must be an array of real numbers, got {type(value).__name__}: {error}") from error
+            raise ValueError(f"a name in a state must be one that an archive can hold, got {_native.said(name)}")
+        arrays[name] = _real_array(name, value)
         if arrays[name].dtype.kind not in "fiu":
-            raise TypeError(f"{name} must be an array of real numbers, got {_kind(value, arrays[name])}")
+            raise TypeError(f"{name} must be of a dtype of NumPy's own, got {arrays[name].dtype}")
         _check_finite(name, arrays[name])
+    max_bytes = as_integer("max_bytes", max_bytes, 0)
     # What is read again here, by the reader that strangers' files meet, can be read again anywhere.
     draft = io.BytesIO()
     try:
@@ -300,8 +274,9 @@ def save(file: _File, state: Mapping[str, ArrayLike], *, max_bytes: int = MAX_BY
             for name, array in arrays.items():
                 with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                     np.lib.format.write_array(member, array, allow_pickle=False)
-        read(draft, max_bytes)
-    except (ValueError, struct.error) as error:  # struct.error: a name of more than 65535 bytes
+        with zipfile.ZipFile(_Bounded(draft)) as archive:
+            _read(archive, max_bytes, None)
+    except (*_UNREADABLE, ValueError, struct.error) as error:  # struct.error: a name of more than 65535 bytes
         raise ValueError(f"state must be such that it can be loaded again: {error}") from error
     with _written(file) as target:
         target.write(draft.getvalue())
@@ -326,8 +301,8 @@ def load(file: _File, *, max_bytes: int = MAX_BYTES) -> dict[str, _Array]:
     OSError
         If the file cannot be opened.
     ValueError
-        If it is not an npz file, is truncated or damaged, was written by a newer fastbn, takes more than `max_bytes`,
-        or holds anything but finite real numbers. Nothing in it is ever executed.
+        If it is not a regular file, nor an npz file, is truncated or damaged, was written by a newer fastbn, takes more
+        than `max_bytes`, or holds anything but finite real numbers. Nothing in it is ever executed.
 
     Examples
     --------
@@ -339,7 +314,7 @@ def load(file: _File, *, max_bytes: int = MAX_BYTES) -> dict[str, _Array]:
     >>> fastbn.load(file, max_bytes=10_000)
     Traceback (most recent call last):
     ...
-    ValueError: not a state file that can be loaded: its arrays take 800128 bytes, and at most 10000 are allowed
+    ValueError: not a state file that can be loaded: its arrays take 800128 bytes, and max_bytes allows 10000
     """
     return read(file, max_bytes)
 
@@ -351,10 +326,7 @@ def read(
 
     It is called with arrays of zeros that have the names, shapes and dtypes in the file and take no memory.
     """
-    try:
-        max_bytes = operator.index(max_bytes)
-    except TypeError:
-        raise TypeError(f"max_bytes must be an integer, got {type(max_bytes).__name__}") from None
+    max_bytes = as_integer("max_bytes", max_bytes, 0)
     with _opened(file) as source:
         try:
             with zipfile.ZipFile(_Bounded(source)) as archive:
@@ -402,7 +374,7 @@ def _read(
             raise _BadFileError(f"{count} arrays were written, and {len(entries)} are in it")
     total = sum(entry.file_size for entry in entries)
     if total > max_bytes:
-        raise _BadFileError(f"its arrays take {total} bytes, and at most {max_bytes} are allowed")
+        raise _BadFileError(f"its arrays take {total} bytes, and max_bytes allows {max_bytes}")
     outline: dict[str, _Array] = {}
     for entry in entries:
         name = entry.filename.removesuffix(".npy")
@@ -443,29 +415,42 @@ def _outline(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> _Ar
     return array
 
 
-def _converted(value: object, like: _Array, finite: bool, positive: bool) -> _Array:
+def _array(name: str, value: Any) -> _Array:
     try:
-        array = plain(value)
+        return plain(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"cannot be read as an array ({error})") from error
+        raise TypeError(f"{name} must be an array of real numbers, got {type(value).__name__}: {error}") from error
+
+
+def _real_array(name: str, value: Any) -> _Array:
+    array = _array(name, value)
+    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{name} must be an array of real numbers, got {_kind(value, array)}")
+    return array
+
+
+def _converted(name: str, value: Any, like: _Array, finite: bool, positive: bool) -> _Array:
+    if like.dtype.kind == "i":
+        array = _array(name, value)
+        if array.shape:
+            raise ValueError(f"{name} must have shape (), got {array.shape}")
+        return np.array(as_integer(name, array[()], 0, COUNTER_MAX), like.dtype)
+    array = _real_array(name, value)
+    if array.dtype.kind in "iu":
+        raise ValueError(f"{name} must be of floating dtype, got {_kind(value, array)}")
     if array.shape != like.shape:
-        raise ValueError(f"must have shape {like.shape}, got {array.shape}")
-    counter = like.dtype.kind == "i"
-    if array.dtype.kind not in ("iu" if counter else "f") and (counter or array.dtype.name != "bfloat16"):
-        raise ValueError(f"must be of {'integer' if counter else 'floating'} dtype, got {array.dtype}")
+        raise ValueError(f"{name} must have shape {like.shape}, got {array.shape}")
     with np.errstate(over="ignore"):
         result = np.array(array, dtype=like.dtype, order="C")
-    _check_values(result, finite, counter or positive)
-    if counter and result > COUNTER_MAX:
-        raise ValueError(f"must be at most 2**62, got {result}")
+    _check_values(name, result, finite, positive)
     return result
 
 
-def _check_values(array: _Array, finite: bool, positive: bool) -> None:
+def _check_values(name: str, array: _Array, finite: bool, positive: bool) -> None:
     if finite and not (good := np.isfinite(array)).all():
-        raise ValueError(f"must be finite in {array.dtype}, got {np.count_nonzero(~good)} values that are not")
-    if positive and (array < 0).any():
-        raise ValueError(f"must not be negative, got {array.min()}")
+        raise ValueError(f"{name} must be finite in {array.dtype}, got {np.count_nonzero(~good)} values that are not")
+    if positive and (negative := np.flatnonzero(array < 0)).size:
+        raise ValueError(f"{name} must not be negative, got {array[negative[0]]} in channel {negative[0]}")
 
 
 def _check_finite(name: str, array: _Array) -> None:
@@ -478,7 +463,22 @@ def _zeros(shape: tuple[int, ...], dtype: DTypeLike) -> _Array:
 
 
 def _kind(value: object, array: _Array) -> str:
-    return str(array.dtype) if hasattr(value, "dtype") else type(value).__name__
+    """Say what came where it is not the kind of array that was asked for."""
+    if hasattr(value, "dtype"):
+        return str(array.dtype)
+    return type(value).__name__ + (f" of {array.dtype}" if array.ndim else "")
+
+
+def _power(number: int) -> str:
+    """Write a bound; the large ones are powers of two, or one less."""
+    exponent = number.bit_length()
+    if exponent < 32:
+        return str(number)
+    return f"2**{exponent} - 1" if number == (1 << exponent) - 1 else f"2**{exponent - 1}"
+
+
+def _wrong_keys(missing: list[str], unknown: list[str]) -> list[str]:
+    return [f"{what} {_listed(keys)}" for what, keys in (("missing", missing), ("unknown", unknown)) if keys]
 
 
 def _listed(names: list[str], limit: int = 8) -> str:
@@ -488,8 +488,32 @@ def _listed(names: list[str], limit: int = 8) -> str:
 
 def _opened(file: _File) -> contextlib.AbstractContextManager[IO[bytes]]:
     if isinstance(file, (str, os.PathLike)):
-        return open(file, "rb")
+        return open(file, "rb", opener=_open_regular)
     return contextlib.nullcontext(_binary(file, "read", "seek", "tell", "seekable"))
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open a file as `open` asks for it, but wait for nobody who would write to a pipe."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    try:
+        _check_regular(os.fstat(descriptor).st_mode)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _check_regular(mode: int) -> None:
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # of a folder the system says that it is one
+        return
+    kinds = (
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+    )
+    kind = next((kind for is_kind, kind in kinds if is_kind(mode)), "something else")
+    raise ValueError(f"file must be the path of a regular file, got that of {kind}")
 
 
 def _binary(file: Any, *methods: str) -> IO[bytes]:
@@ -504,14 +528,24 @@ def _written(file: _File) -> Any:
     if not isinstance(file, (str, os.PathLike)):
         yield _binary(file, "write")
         return
-    part = f"{os.fsdecode(file)}.{secrets.token_hex(8)}.part"
+    path = os.fsdecode(file)
+    if os.path.islink(path):
+        path = os.path.realpath(path)
+    # A short name, which fits where the file's own does.
+    part = os.path.join(os.path.dirname(path), f"{secrets.token_hex(8)}.part")
     try:
+        with contextlib.suppress(FileNotFoundError):
+            _check_regular(os.stat(path).st_mode)
         with open(part, "xb") as target:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copymode(path, part)
             yield target
             target.flush()
             os.fsync(target.fileno())
-        os.replace(part, file)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        os.replace(part, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
             os.unlink(part)
+        if isinstance(error, OSError) and error.filename is not None:  # not of a file that the caller does not know
+            raise type(error)(error.errno, error.strerror, os.fsdecode(file)) from None
         raise

@@ -64,6 +64,8 @@ def named_layers(network: Any, layers: Layers | None) -> dict[str, BatchNorm]:
         given = {str(name): layer for name, layer in layers.items()}
     else:
         paths = {id(layer): name for name, layer in found.items()}
+        if not isinstance(layers, Iterable) or hasattr(layers, "__array__"):
+            raise TypeError(f"layers must be of BatchNorm, got {type(layers).__name__}")
         given = {paths.get(id(layer), f"layers.{i}"): layer for i, layer in enumerate(layers)}
     if not given:
         raise ValueError("layers must have at least one BatchNorm, got none")

@@ -314,8 +314,8 @@ BUGS = [
         17,
         "signals",
         "fastbn/_layer.py",
-        '"propagate", self,\n                )  # fmt: skip\n',
-        '"propagate", None,\n                )\n                self._tracked += saved.moved\n',
+        '"propagate", self,\n                    )  # fmt: skip\n',
+        '"propagate", None,\n                    )\n                    self._tracked += saved.moved\n',
         "test_layer.py::test_a_signal_leaves_the_statistics_old_or_new",
     ),
     Bug(
@@ -344,8 +344,8 @@ BUGS = [
         17,
         "a counter without a lock",
         "fastbn/_layer.py",
-        "            with self._lock:\n                momentum = self.momentum\n",
-        "            if True:\n                momentum = self.momentum\n",
+        "with self._lock:\n                    momentum = self._momentum\n",
+        "if True:\n                    momentum = self._momentum\n",
         "test_layer.py::test_training_from_many_threads_loses_no_batch",
     ),
 ]

@@ -40,5 +40,5 @@ def test_stdout_is_the_same_in_words(capsys):
 
 
 def test_another_mode_is_an_error():
-    with pytest.raises(ValueError, match="mode must be 'stdout' or 'dicts', got 'json'"):
+    with pytest.raises(ValueError, match=r"mode must be one of \('stdout', 'dicts'\), got 'json'"):
         fastbn.show_config("json")

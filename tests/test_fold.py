@@ -149,7 +149,7 @@ WEIGHT = np.ones((4, 3, 2, 2), np.float32)
         ({"bn": norm(3)}, ValueError, "bn must have the 4 output channels of weight, got 3"),
         ({"bn": norm(4), "transposed": True}, ValueError, "bn must have the 3 output channels of weight, got 4"),
         ({"bn": norm(6), "transposed": True, "groups": 3}, ValueError, "divide the 4 input channels of weight, got 3"),
-        ({"bn": norm(4), "transposed": True, "groups": 0}, ValueError, "groups must divide"),
+        ({"bn": norm(4), "transposed": True, "groups": 0}, ValueError, r"groups must be from 1 to 2\*\*63 - 1, got 0"),
         ({"bn": norm(4), "groups": 3}, ValueError, "groups must divide the 4 output channels of weight, got 3"),
         ({"groups": 2.0}, TypeError, "groups must be an integer, got float"),
         ({"groups": True}, TypeError, "groups must be an integer, got bool"),

@@ -110,8 +110,8 @@ def test_a_network_runs_as_in_training_and_nothing_changes(rng):
         ((3, []), {}, TypeError, "network must be a BatchNorm or a callable, got int"),
         ((fastbn.BatchNorm(4), []), {}, ValueError, "batches must have at least one batch, got none"),
         ((fastbn.BatchNorm(4), [np.ones((4, 4), np.float32)]), {}, ValueError, "at least 2 batches with data, got 1"),
-        ((fastbn.BatchNorm(4), []), {"tolerance": "x"}, TypeError, "tolerance must be a number, got str"),
-        ((fastbn.BatchNorm(4), []), {"tolerance": -1}, ValueError, "tolerance must be at least 0, got -1"),
+        ((fastbn.BatchNorm(4), []), {"tolerance": "x"}, TypeError, "tolerance must be a real number, got str"),
+        ((fastbn.BatchNorm(4), []), {"tolerance": -1}, ValueError, "tolerance must be finite and not negative, got -1"),
         ((fastbn.BatchNorm(4), [np.full((4, 4), np.nan)]), {}, ValueError, "finite"),
     ],
 )

@@ -119,10 +119,10 @@ def test_moments_travel(duplicate):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((-1, [0.0], [0.0]), ValueError, "count must be finite and at least 0, got -1"),
+        ((-1, [0.0], [0.0]), ValueError, "count must be finite and not negative, got -1"),
         ((float("nan"), [0.0], [0.0]), ValueError, "count must be finite"),
-        (("3", [0.0], [0.0]), TypeError, "count must be a number, got str"),
-        ((3, 0.0, [0.0]), ValueError, r"mean must have a one-dimensional array, got shape \(\)"),
+        (("3", [0.0], [0.0]), TypeError, "count must be a real number, got str"),
+        ((3, 0.0, [0.0]), ValueError, r"mean must be a one-dimensional array, got shape \(\)"),
         ((3, [0.0], [0.0, 1.0]), ValueError, r"m2 must have shape \(1,\), got shape \(2,\)"),
         ((3, [0.0], [0.0], [0.0, 1.0]), ValueError, r"mean_lo must have shape \(1,\)"),
         ((3, ["a"], [0.0]), TypeError, "mean must be an array of real numbers, got list"),
