@@ -36,14 +36,21 @@ def squared_error(outputs: np.ndarray, targets: np.ndarray) -> tuple[float, np.n
     return float(np.mean(off * off) / 2), off / off.size
 
 
-def batches(data: Dataset, size: int, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Training batches without end; every epoch is a new permutation, and drops the rest that fills no batch."""
+def batches(
+    data: Dataset, size: int, rng: np.random.Generator, reshuffle: bool = True
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Training batches without end; every epoch is a new permutation, and drops the rest that fills no batch.
+
+    Without `reshuffle` every epoch repeats the first, batch by batch.
+    """
     size = min(size, len(data.x_train))
+    order = rng.permutation(len(data.x_train))
     while True:
-        order = rng.permutation(len(data.x_train))
         for start in range(0, len(order) - size + 1, size):
             chosen = order[start : start + size]
             yield data.x_train[chosen], data.y_train[chosen]
+        if reshuffle:
+            order = rng.permutation(len(data.x_train))
 
 
 def predict(network: Trainable, x: np.ndarray, size: int = 1000) -> np.ndarray:
@@ -75,6 +82,7 @@ def train(
     l2: float = 0.0,
     decay: float = 1.0,
     decay_every: int = 0,
+    reshuffle: bool = True,
     loss: Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray]] = cross_entropy,
     look: Callable[[int], Any] | None = None,
     look_at: list[int] | None = None,
@@ -82,13 +90,15 @@ def train(
 ) -> list[Any]:
     """Train by SGD with momentum, L2 on the weight matrices and a rate multiplied by `decay` every `decay_every` steps.
 
+    With `reshuffle` every epoch has other batches (the paper shuffles "more thoroughly"); without, the first return.
+
     `look(step)` is called before the steps of `look_at`; the list of its answers comes back. A network whose loss
     is no longer finite is beyond recovery: it is not trained on, only looked at.
     """
     parameters = network.parameters()
     velocities = [np.zeros_like(p) for p in parameters]
     answers = []
-    supply = batches(data, batch, rng)
+    supply = batches(data, batch, rng, reshuffle)
     alive = True
     # An unnormalized network may blow up, and that is the point of some studies.
     with np.errstate(over="ignore", invalid="ignore"):
