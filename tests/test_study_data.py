@@ -1,5 +1,7 @@
-"""test_study_data -- CIFAR-10's Python batches as the studies load them, and what becomes of damaged ones."""
+"""test_study_data -- MNIST's and CIFAR-10's files as the studies load them, and what becomes of damaged ones."""
 
+import contextlib
+import gzip
 import io
 import os
 import pickle
@@ -14,7 +16,161 @@ EXAMPLES = str(Path(__file__).resolve().parent.parent / "examples")
 if EXAMPLES not in sys.path:
     sys.path.append(EXAMPLES)
 
-from paper.data import CIFAR_FILES, load  # noqa: E402
+from paper.data import CIFAR_FILES, MNIST_FILES, load  # noqa: E402
+
+KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+def idx(array):
+    """The format of http://yann.lecun.com/exdb/mnist: a type, the number of dimensions, their extents, the bytes."""
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+@pytest.fixture
+def mnist(rng):
+    """Images of 3 rows and 2 columns: 5 to train on, 4 to test on."""
+    return [
+        made
+        for count in (5, 4)
+        for made in (rng.integers(0, 256, (count, 3, 2), np.uint8), rng.integers(0, 10, count, np.uint8))
+    ]
+
+
+def idx_folder(arrays, folder, ending="", write=lambda raw: raw):
+    for name, array in zip(MNIST_FILES, arrays, strict=True):
+        (folder / (name + ending)).write_bytes(write(idx(array)))
+    return folder
+
+
+def idx_gz(arrays, folder):
+    return idx_folder(arrays, folder, ".gz", gzip.compress)
+
+
+def idx_dotted(arrays, folder):
+    """As some archives unpack: train-images.idx3-ubyte."""
+    for path in idx_folder(arrays, folder).iterdir():
+        path.rename(folder / path.name.replace("-idx", ".idx"))
+    return folder
+
+
+def idx_by_a_file(arrays, folder):
+    return idx_gz(arrays, folder) / f"{MNIST_FILES[2]}.gz"
+
+
+def npz(arrays, folder, save=np.savez):
+    save(folder / "mnist.npz", **dict(zip(KEYS, arrays, strict=True)))
+    return folder / "mnist.npz"
+
+
+def npz_small(arrays, folder):
+    return npz(arrays, folder, np.savez_compressed)
+
+
+@pytest.mark.parametrize("write", [idx_folder, idx_gz, idx_dotted, idx_by_a_file, npz, npz_small])
+def test_every_form_of_mnist_becomes_images(write, mnist, tmp_path):
+    data = load(write(mnist, tmp_path))
+    assert data.name == "MNIST"
+    for images, labels, x, y in ((*mnist[:2], data.x_train, data.y_train), (*mnist[2:], data.x_test, data.y_test)):
+        assert x.shape == (len(images), 1, 3, 2)
+        assert x.dtype == np.float32
+        assert np.array_equal(x[:, 0], images / np.float32(255))
+        assert np.array_equal(y, labels)
+        assert y.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        (0, lambda a: a[0], r"expected images of unsigned bytes, .* found uint8 \(3, 2\)"),
+        (0, lambda a: a[:4], r"4 images, but labels of uint8 \(5,\)"),
+        (1, lambda a: a[:, None], r"5 images, but labels of uint8 \(5, 1\)"),
+        (1, lambda a: a + np.uint8(10), "labels are 0 to 9, found"),
+        (2, lambda a: a[:, :, :1], r"training images are \(1, 3, 2\), test images \(1, 3, 1\)"),
+    ],
+)
+@pytest.mark.parametrize("write", [idx_folder, npz])
+def test_wrong_contents_of_mnist_are_named(write, place, change, message, mnist, tmp_path):
+    mnist[place] = change(mnist[place])
+    with pytest.raises(ValueError, match=message):
+        load(write(mnist, tmp_path))
+
+
+def test_no_images_are_refused(tmp_path):
+    none = [np.zeros((0, 3, 2), np.uint8), np.zeros(0, np.uint8)] * 2
+    for write in (idx_folder, npz):
+        with pytest.raises(ValueError, match="no images"):
+            load(write(none, tmp_path))
+
+
+def test_an_idx_file_of_another_kind_is_refused(mnist, tmp_path):
+    path = idx_folder(mnist, tmp_path) / MNIST_FILES[2]
+    whole = path.read_bytes()
+    for raw, message in (
+        (b"", r"not an IDX file of unsigned bytes \(it starts with nothing\)"),
+        (b"\x1f\x8b\x08\0", "it starts with 1f8b0800"),
+        (whole[:2] + b"\x0d" + whole[3:], "it starts with 00000d03"),
+        (whole[:3] + b"\0" + whole[4:], "it starts with 00000800"),
+        (whole + b"\0", r"promises 24 bytes of data for \(4, 3, 2\), found 25"),
+        (whole[:4] + b"\xff" * 12 + whole[16:], f"promises {(2**32 - 1) ** 3} bytes"),
+    ):
+        path.write_bytes(raw)
+        with pytest.raises(ValueError, match=f"{MNIST_FILES[2]}: .*{message}"):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("name", MNIST_FILES)
+def test_a_missing_file_is_named(name, mnist, tmp_path):
+    (idx_folder(mnist, tmp_path) / name).unlink()
+    with pytest.raises(ValueError, match=rf"{name}\[\.gz\] is missing"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("write", [idx_folder, idx_gz])
+def test_every_cut_of_an_idx_file_is_refused(write, mnist, tmp_path):
+    path = sorted(write(mnist, tmp_path).iterdir())[0]
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=path.name):
+            load(tmp_path)
+
+
+def test_an_npz_that_lacks_an_array_names_it(mnist, tmp_path):
+    np.savez(tmp_path / "mnist.npz", x_train=mnist[0], y_train=mnist[1])
+    with pytest.raises(ValueError, match=r"mnist\.npz: .*x_test, y_test missing"):
+        load(tmp_path / "mnist.npz")
+    with pytest.raises(ValueError, match=r"absent\.npz: not a readable MNIST npz file: .*No such file"):
+        load(tmp_path / "absent.npz")
+
+
+def test_an_npz_that_is_none_is_refused(tmp_path):
+    path = tmp_path / "mnist.npz"
+    array = io.BytesIO()
+    np.save(array, np.ones(3))
+    for raw in (b"", b"text", array.getvalue()):
+        path.write_bytes(raw)
+        with pytest.raises(ValueError, match=r"mnist\.npz: not a readable MNIST npz file"):
+            load(path)
+
+
+@pytest.mark.parametrize("write", [npz, npz_small])
+def test_no_damage_to_an_npz_escapes(write, mnist, tmp_path):
+    """Zip has many ways to break: another method, a password, another version. Red with a list of exceptions."""
+    path = write(mnist, tmp_path)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 3):
+        for damaged in (whole[:place], whole[:place] + bytes([whole[place] ^ 0x81]) + whole[place + 1 :]):
+            path.write_bytes(damaged)
+            with contextlib.suppress(ValueError):
+                load(path)
+
+
+def test_an_npz_runs_no_code(mnist, tmp_path):
+    trace = tmp_path / "trace"
+    mnist[1] = np.array([Hostile(os.mkdir, str(trace))] * 5, object)
+    with pytest.raises(ValueError, match="not a readable MNIST npz file: Object arrays cannot be loaded"):
+        load(npz(mnist, tmp_path))
+    assert not trace.exists()
 
 
 class Python2(pickle._Pickler):

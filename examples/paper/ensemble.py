@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from paper.data import Dataset
 from paper.perceptron import perceptron
 from paper.study import FIFTH, GREY, NORM, PLAIN, THIRD, Claim, Settings, band, progress
 from paper.training import cross_entropy, predict, train
@@ -18,14 +17,6 @@ RATE = 0.1
 # As in the paper, members differ in the scale of their first weights and in dropout, beside their random numbers.
 SCALES, DROPOUTS = {"o": 0.07, "^": 0.1}, {PLAIN: 0.0, FIFTH: 0.05, THIRD: 0.1}
 MEMBERS = [(scale, dropout) for scale in SCALES.values() for dropout in DROPOUTS.values()]
-
-
-def split(images: Dataset, count: int) -> Dataset:
-    """The first `count` images to train on, and all others to test on."""
-    x = np.concatenate([images.x_train, images.x_test])
-    y = np.concatenate([images.y_train, images.y_test])
-    name = f"{images.name}, {count} images to train on and {len(x) - count} to test on"
-    return Dataset(name, x[:count], y[:count], x[count:], y[count:])
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
@@ -43,7 +34,7 @@ def scores(members: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 def run(settings: Settings) -> dict[str, Any]:
     steps, images = settings.count(STEPS, PAPER_STEPS, SHORT_STEPS), settings.images().flat()
     if not settings.paper:
-        images = split(images, TRAINING)
+        images = images.split(TRAINING)
     numbers: dict[str, Any] = settings.header(images, steps) | {"members": MEMBERS, "error": [], "loss": []}
     with progress(len(MEMBERS) * len(settings.seeds) * steps, "ensemble") as tick:
         for seed in settings.seeds:

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from paper.data import Dataset
-from paper.ensemble import split
 from paper.perceptron import Network, perceptron
 from paper.study import FOURTH, NORM, PLAIN, THIRD, Claim, Settings, band, bars, number, progress, steps_to
 from paper.training import cross_entropy, evaluation_steps, predict, train
@@ -35,7 +34,7 @@ def scores(network: Network, images: Dataset) -> tuple[float, float, float, floa
 def run(settings: Settings) -> dict[str, Any]:
     images, steps = settings.images().flat(), settings.count(STEPS, PAPER_STEPS, SHORT_STEPS)
     if not settings.paper:
-        images = split(images, TRAINING)
+        images = images.split(TRAINING)
     at = evaluation_steps(steps, 25)
     numbers: dict[str, Any] = settings.header(images, steps) | {"at": at}
     seeds = f"{len(settings.seeds)} seeds" if len(settings.seeds) > 1 else f"seed {settings.seeds[0]}"
