@@ -1,4 +1,4 @@
-"""The README's demo, short. Skipped without the extra `demo`."""
+"""test_demo -- the README's demo, short, and the face of all studies. Skipped without the extra `demo`."""
 
 import json
 import re
@@ -14,9 +14,13 @@ for module in ("matplotlib", "sklearn", "tqdm"):
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def python(*arguments):
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+
+
 def demo(*arguments):
     command = re.search(r"\.venv/bin/python (examples/\S+ mnist)", (ROOT / "README.md").read_text())[1].split()
-    return subprocess.run([sys.executable, *command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    return python(*command, *arguments)
 
 
 def test_what_it_trains_prints_draws_and_serves(tmp_path):
@@ -33,10 +37,51 @@ def test_what_it_trains_prints_draws_and_serves(tmp_path):
     assert (tmp_path / "mnist.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("arguments", [("--steps", 0), ("--data", "nowhere"), ("--seeds", -1)], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [("--steps", 0), ("--data", "nowhere"), ("--seeds", -1), ("--seed", -1), ("--out", __file__)], ids=str
+)
 def test_what_makes_no_sense_is_said(arguments, tmp_path):
-    done = demo(*arguments, "--out", tmp_path / "figures")
+    done = demo("--out", tmp_path / "figures", *arguments)
     assert done.returncode != 0
     assert str(arguments[0]).lstrip("-") in done.stderr or str(arguments[1]) in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "figures").exists()
+
+
+def test_a_name_that_is_none_is_told_from_those_that_are():
+    names = [line.split()[0] for line in python("examples/paper", "list").stdout.splitlines()]
+    assert len(names) == 11
+    for arguments, code in ((("paper",), 2), (("--help",), 0)):
+        done = python("examples/paper", *arguments)
+        assert done.returncode == code
+        for name in (*names, "all", "list"):
+            assert name in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_of_all_studies_those_that_can_run(tmp_path):
+    """Red where the first that fails ends the command, or the command ends well."""
+    done = python("examples/paper", "all", "--short", "--steps", 1, "--data", "nowhere", "--out", tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    said = dict(re.findall(r"^python examples/paper (\w+): (.*)$", done.stderr, re.MULTILINE))
+    assert len(said) == 10
+    assert said["mnist"] == "nowhere: no such file or directory"
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["contour.json", "contour.png"]
+    assert re.search(r"^  contour +\d of 4 +\d+$", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("matplotlib", "mnist"), ("torch", "cifar"), ("sklearn.datasets", "mnist")]
+)
+def test_what_is_not_installed_is_named(module, name, tmp_path):
+    lines = f"""
+import runpy, sys
+sys.modules["{module}"] = None  # as if it were not there
+sys.argv = ["examples/paper", "{name}", "--out", {str(tmp_path / "figures")!r}]
+sys.path.insert(0, "")
+runpy.run_path("examples/paper", run_name="__main__")
+"""
+    done = python("-c", lines)
+    assert done.returncode == 1
+    assert re.fullmatch(rf"python examples/paper.*: .*\b{module}\b.*; .*pip install \"\.\[paper\]\".*\n", done.stderr)

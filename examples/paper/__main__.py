@@ -9,14 +9,18 @@ from pathlib import Path
 # Run as a folder, Python looks for modules inside it; the studies are a package beside it.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from paper.study import Settings, format_table, perform, studies  # noqa: E402
+PROGRAM = "python examples/paper"
+EXTRA = 'the studies need what pip install ".[paper]" installs'
+
+try:
+    from paper.study import Settings, format_table, perform, studies
+except ImportError as error:
+    sys.exit(f"{PROGRAM}: {error}; {EXTRA}")
 
 
 def main() -> int:
     known = studies()
-    parser = argparse.ArgumentParser(
-        prog="python examples/paper", description="The studies of the batch norm paper, on fastbn."
-    )
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="The studies of the batch norm paper, on fastbn.")
     names = [*known, "all", "list"]
     parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument(
@@ -48,6 +52,8 @@ def main() -> int:
         parser.error("--seeds and --steps must be at least 1")
     if args.seed < 0:
         parser.error("--seed must be at least 0")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out must be a folder, and {args.out} is none")
     settings = Settings(args.data, args.steps, tuple(range(args.seed, args.seed + count)), args.paper, args.short)
     chosen = list(known) if args.name == "all" else [args.name]
     rows = []
@@ -55,9 +61,10 @@ def main() -> int:
         start = time.perf_counter()
         try:
             claims = perform(import_module(f"paper.{name}"), settings, args.out, args.format)
-        except (ImportError, ValueError) as error:
-            # Of all of them, the others still run: one may need PyTorch, or images in colour.
-            print(f"{parser.prog} {name}: {error}", file=sys.stderr)
+        except (ImportError, OSError, ValueError) as error:
+            # Of all of them, the others still run: one may need PyTorch.
+            missing = f"; {EXTRA}" if isinstance(error, ImportError) else ""
+            print(f"{PROGRAM} {name}: {error}{missing}", file=sys.stderr)
             continue
         held = f"{sum(claim.holds for claim in claims)} of {len(claims)}"
         rows.append([name, held, f"{time.perf_counter() - start:.0f}"])

@@ -3,12 +3,7 @@
 from typing import Any
 
 import numpy as np
-
-try:
-    import torch
-except ImportError as error:
-    raise ImportError('this study needs PyTorch: pip install ".[paper]"', name="torch") from error
-
+import torch
 from torch import Tensor, nn
 
 import fastbn
