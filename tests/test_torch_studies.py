@@ -111,10 +111,9 @@ def test_a_network_descends_its_gradient(norm, rng):
 
 LEARNED = {
     "plain": [0.1, 0.3, 0.5, 0.7],
-    "plain_x5": [0.1, 0.4, 0.6, 0.8],
-    "plain_x30": [0.1, 0.1, 0.1, 0.1],
+    "plain_x5": [0.1, 0.1, 0.1, 0.1],
     "norm": [0.1, 0.5, 0.8, 0.9],
-    "norm_x5": [0.1, 0.9, 0.9, 0.9],
+    "norm_x5": [0.1, 0.7, 0.92, 0.95],
     "norm_x30": [0.1, 0.4, 0.8, 0.9],
     "norm_sigmoid": [0.1, 0.2, 0.4, 0.8],
     "plain_sigmoid": [0.1, 0.1, 0.1, 0.1],
@@ -124,23 +123,23 @@ LEARNED = {
 @pytest.mark.parametrize(
     ("name", "curve", "refuted"),
     [
-        ("plain", [0.1, 0.9, 0.9, 0.9], [0, 2]),
-        ("plain", [0.1, 0.1, 0.1, 0.1], [0, 1, 2]),
-        ("plain_x5", [0.1, 0.7, 0.7, 0.7], [3]),
-        ("plain_x30", [0.1, 0.3, 0.5, 0.8], [5]),
+        ("plain", [0.1, 0.7, 0.7, 0.7], [0, 2]),
+        ("plain", [0.1, 0.1, 0.1, 0.1], [0, 2]),
+        ("plain", [0.1, 0.95, 0.95, 0.95], [0, 2, 3]),
+        ("plain_x5", [0.1, 0.3, 0.5, 0.8], [4]),
         ("norm", [0.1, 0.3, 0.5, 0.7], [0]),
-        ("norm", [0.1, 0.8, 0.8, 0.8], [1]),
-        ("norm_x5", [0.1, 0.1, 0.1, 0.1], [1, 3]),
-        ("norm_x30", [0.1, 0.3, 0.5, 0.6], [2]),
-        ("norm_x30", [0.1, 0.8, 0.8, 0.4], [4]),
-        ("norm_sigmoid", [0.1, 0.1, 0.1, 0.1], [6]),
-        ("plain_sigmoid", [0.1, 0.2, 0.4, 0.8], [7]),
+        ("norm", [0.1, 0.8, 0.95, 0.8], [1]),
+        ("norm_x5", [0.1, 0.1, 0.1, 0.1], [1]),
+        ("norm_x30", [0.1, 0.3, 0.5, 0.71], [2]),
+        ("norm_x30", [0.1, 0.8, 0.8, 0.69], [3]),
+        ("norm_sigmoid", [0.1, 0.1, 0.1, 0.1], [5]),
+        ("plain_sigmoid", [0.1, 0.2, 0.4, 0.8], [6]),
     ],
 )
 def test_claims_of_inception_can_fail(name, curve, refuted):
     """One seed of two is enough, and a baseline that never learns is no mark."""
     numbers = {"at": [0, 10, 20, 30]} | {kind: [one, one] for kind, one in LEARNED.items()}
-    assert verdicts(inception, numbers) == [True] * 8
+    assert verdicts(inception, numbers) == [True] * 7
     numbers[name] = [LEARNED[name], curve]
     assert [place for place, holds in enumerate(verdicts(inception, numbers)) if not holds] == refuted
 

@@ -25,14 +25,16 @@ from paper.training import accuracy, evaluation_steps, train
 
 TITLE = "Batch norm takes an Inception to the baseline's accuracy in fewer steps, and at rates that ruin the baseline"
 # Weights of variance 2 / fan-in, as suits ReLU.
-GAIN, BATCH, MOMENTUM, RATE = float(np.sqrt(2)), 32, 0.9, 0.01
-STEPS, SHORT_STEPS, PAPER_STEPS = 240, 150, 50_000
+GAIN, BATCH, MOMENTUM = float(np.sqrt(2)), 32, 0.9
+# As in the paper, the Baseline's rate is about the largest that suits it.
+RATE = 0.06
+STEPS, SHORT_STEPS, PAPER_STEPS = 200, 120, 50_000
 CHANCE, LEARNS = 0.25, 0.5
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to train; `modified` are section 4.2.1's: no dropout, a fifth of the L2, six times as fast a decay."""
+    """One way to train; `modified` are section 4.2.1's: no dropout, L2 / 5, decay six times as fast, new batches."""
 
     label: str
     color: str
@@ -45,7 +47,6 @@ class Recipe:
 RECIPES = {
     "plain": Recipe("Baseline", PLAIN, False),
     "plain_x5": Recipe("Baseline-x5", FIFTH, False, 5),
-    "plain_x30": Recipe("Baseline-x30", GREY, False, 30),
     "norm": Recipe("BN-Baseline", NORM, True),
     "norm_x5": Recipe("BN-x5", THIRD, True, 5, modified=True),
     "norm_x30": Recipe("BN-x30", SIXTH, True, 30, modified=True),
@@ -80,6 +81,7 @@ def learn(images: Dataset, seed: int, recipe: Recipe, steps: int, at: list[int],
         l2=l2,
         decay=0.5,
         decay_every=max(1, steps // decays),
+        reshuffle=recipe.modified,
         look=look,
         look_at=at,
         tick=tick,
@@ -89,7 +91,7 @@ def learn(images: Dataset, seed: int, recipe: Recipe, steps: int, at: list[int],
 def run(settings: Settings) -> dict[str, Any]:
     torch.set_num_threads(1)
     images, steps = settings.images(), settings.count(STEPS, PAPER_STEPS, SHORT_STEPS)
-    at = evaluation_steps(steps, 10 if settings.short else 24)
+    at = evaluation_steps(steps, 12 if settings.short else 20)
     numbers: dict[str, Any] = settings.header(images, steps) | {"rate": RATE, "at": at}
     with progress(len(RECIPES) * len(settings.seeds) * steps, "inception") as tick:
         for name, recipe in RECIPES.items():
@@ -97,15 +99,15 @@ def run(settings: Settings) -> dict[str, Any]:
     return numbers
 
 
-def reached(numbers: dict[str, Any], name: str, mark: str = "plain") -> list[float]:
+def reached(numbers: dict[str, Any], name: str, mark: str) -> list[float]:
     """The steps each seed takes to the best accuracy of the network `mark` of the same seed."""
     pairs = zip(numbers[name], numbers[mark], strict=True)
     return [steps_to(numbers["at"], curve, max(other)) for curve, other in pairs]
 
 
-def fewer(numbers: dict[str, Any], name: str, than: str, mark: str = "plain") -> list[float]:
-    """How many times fewer steps `name` takes to the best of `mark` than `than` does; 0 if it never gets there."""
-    pairs = zip(reached(numbers, name, mark), reached(numbers, than, mark), strict=True)
+def fewer(numbers: dict[str, Any], name: str) -> list[float]:
+    """How many times fewer steps than the Baseline it takes to the Baseline's best; 0 if it never gets there."""
+    pairs = zip(reached(numbers, name, "plain"), reached(numbers, "plain", "plain"), strict=True)
     # A mark that is met before the first step says nothing of training.
     return [slow / fast if 0 < fast < float("inf") else 0.0 for fast, slow in pairs]
 
@@ -119,19 +121,28 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
         Claim(
             "BN-Baseline reaches the Baseline's best accuracy in fewer steps.",
             steps,
-            fewer(numbers, "norm", "plain"),
+            fewer(numbers, "norm"),
             1,
         ),
-        Claim("BN-x5 reaches it in fewer than BN-Baseline.", steps, fewer(numbers, "norm_x5", "norm"), 1),
-        Claim("BN-x30 reaches it in fewer than the Baseline.", steps, fewer(numbers, "norm_x30", "plain"), 1),
         Claim(
-            "BN-x5 reaches the best of the Baseline at its own rate in fewer steps, too.",
+            "BN-x5 goes beyond BN-Baseline's best.",
+            "gain in best accuracy",
+            [max(five) - max(one) for five, one in zip(numbers["norm_x5"], numbers["norm"], strict=True)],
+            0,
+        ),
+        Claim(
+            "BN-x30, too, reaches the Baseline's best accuracy in fewer steps.",
             steps,
-            fewer(numbers, "norm_x5", "plain_x5", "plain_x5"),
+            fewer(numbers, "norm_x30"),
             1,
         ),
-        Claim("At 30 times the rate a network with batch norm learns.", right, last("norm_x30"), LEARNS),
-        Claim("At that rate one without ends near chance.", right, last("plain_x30"), CHANCE, above=False),
+        Claim(
+            "And it ends beyond it.",
+            "gain in accuracy",
+            [end - max(curve) for end, curve in zip(last("norm_x30"), numbers["plain"], strict=True)],
+            0,
+        ),
+        Claim("Five times the rate ruins the network without.", right, last("plain_x5"), CHANCE, above=False),
         Claim("Sigmoids learn with batch norm.", right, last("norm_sigmoid"), LEARNS),
         Claim("Without it they stay near chance.", right, last("plain_sigmoid"), CHANCE, above=False),
     ]
@@ -140,14 +151,12 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
 def table(numbers: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     rows = []
     for name, recipe in RECIPES.items():
-        best, last = (
-            float(np.median(values))
-            for values in ([max(curve) for curve in numbers[name]], [curve[-1] for curve in numbers[name]])
-        )
-        rows.append(
-            [recipe.label, numbers["rate"] * recipe.factor, float(np.median(reached(numbers, name))), best, last]
-        )
-    return ["test accuracy", "learning rate", "steps to the Baseline's best", "best", "last"], rows
+        row = [numbers["rate"] * recipe.factor]
+        row += [float(np.median(reached(numbers, name, mark))) for mark in ("plain", "norm")]
+        row += [float(np.median([of(curve) for curve in numbers[name]])) for of in (max, lambda curve: curve[-1])]
+        rows.append([recipe.label, *row])
+    heads = ["learning rate", "steps to the Baseline's best", "to BN-Baseline's", "best test accuracy", "last"]
+    return ["median over seeds", *heads], rows
 
 
 def draw(figure: Figure, numbers: dict[str, Any]) -> None:

@@ -122,7 +122,7 @@ def draw(figure: Figure, numbers: dict[str, Any]) -> None:
             gradient[~(np.isfinite(gradient) & (gradient > 0))] = np.nan
             band(column[1], numbers["scales"], gradient, color, label, **line)
         column[0].axhline(0.1, color=GREY, linewidth=1, linestyle=":")
-        column[0].set(title=f"{NAMES[nonlinearity]}: test accuracy after {numbers['steps']} steps", ylim=(0, 1))
+        column[0].set(title=f"{NAMES[nonlinearity]}: test accuracy after {numbers['steps']} steps", ylim=(0, 1.02))
         column[1].set(
             title=f"{NAMES[nonlinearity]}: gradient at the first hidden layer, before training",
             xscale="log",

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from paper.data import Dataset
 from paper.perceptron import Linear, Network
@@ -239,6 +240,8 @@ def epilogue(numbers: dict[str, Any]) -> str:
 
 def draw(figure: Figure, numbers: dict[str, Any]) -> None:
     figure.set_size_inches(10.5, 8.6)
+    # So few shades that the palette of the file has them all.
+    grey, red_blue = colormaps["gray"].resampled(17), colormaps["RdBu_r"].resampled(21)
     panels = figure.subplot_mosaic(
         [
             [f"image {kind}" for kind in KINDS],
@@ -251,10 +254,10 @@ def draw(figure: Figure, numbers: dict[str, Any]) -> None:
         found = numbers[kind]
         image, cov = (np.array(found[key], float) for key in ("image", "covariance"))
         shown = panels[f"image {kind}"]
-        shown.imshow(image, cmap="gray")
+        shown.imshow(image, cmap=grey)
         shown.set_title(label[0].upper() + label[1:])
         reach = cov.max() if kind == "raw" else 1
-        drawn = panels[f"cov {kind}"].imshow(cov / reach, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+        drawn = panels[f"cov {kind}"].imshow(cov / reach, cmap=red_blue, vmin=-1, vmax=1, interpolation="nearest")
         panels[f"cov {kind}"].set_xlabel("feature")
         for axes in (shown, panels[f"cov {kind}"]):
             axes.grid(visible=False)
@@ -265,8 +268,10 @@ def draw(figure: Figure, numbers: dict[str, Any]) -> None:
         band(panels["loss"], numbers["at"], found["loss"], **line)
         band(panels["accuracy"], numbers["at"], found["accuracy"], **line)
     panels["image raw"].set_ylabel("a test image")
-    panels["cov raw"].set_ylabel("covariance\nfeature")
-    figure.colorbar(drawn, ax=[panels[f"cov {kind}"] for kind in KINDS], shrink=0.9, pad=0.01)
+    panels["cov raw"].set_ylabel("feature")
+    figure.colorbar(
+        drawn, ax=[panels[f"cov {kind}"] for kind in KINDS], shrink=0.9, pad=0.01, label="covariance", ticks=[-1, 0, 1]
+    )
     panels["values"].set(title="Variances", yscale="log", xlabel="principal direction", ylabel="variance along it")
     panels["values"].legend(fontsize=8, loc="lower left")
     panels["cost"].plot(numbers["widths"], numbers["cost"]["time"], color=GREY, marker="o", markersize=4, label="time")
