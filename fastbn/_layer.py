@@ -56,15 +56,17 @@ def _parameter(name: str, doc: str) -> property:
 
 
 def _setting(name: str, doc: str, checked: Callable[[Any], Any] | None = None) -> property:
-    """Return an attribute that checks what is assigned to it; without a check, one that is as the layer was made."""
+    """Return an attribute that checks what is assigned to it; without a check, one that stays as it is."""
 
     def get(layer: BatchNorm) -> Any:
         return getattr(layer, "_" + name)
 
     def assign(layer: BatchNorm, value: Any) -> None:
-        setattr(layer, "_" + name, checked(value))  # type: ignore[misc]
+        if checked is None:
+            raise AttributeError(f"{name} cannot be assigned: a layer keeps what it was made with")
+        setattr(layer, "_" + name, checked(value))
 
-    return property(get, assign if checked else None, doc=doc)
+    return property(get, assign, doc=doc)
 
 
 class BatchNorm:
