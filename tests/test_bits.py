@@ -78,6 +78,7 @@ def restore():
 
 @pytest.mark.parametrize("size", SMALL, ids=str)
 def test_small(dtype, layout, size, rng):
+    """Red with one tier's fused operation in two steps."""
     given = data(rng, layout, dtype, size)
     expected = results(*given)
     for isa, team in all_ways(dtype):
@@ -86,6 +87,7 @@ def test_small(dtype, layout, size, rng):
 
 @pytest.mark.parametrize("size", LARGE, ids=str)
 def test_large(dtype, layout, size, rng):
+    """Red with as many partial sums as threads."""
     given = data(rng, layout, dtype, size)
     _native.use_isa("scalar")
     with fastbn.num_threads(1):

@@ -353,6 +353,7 @@ def calls(function):
 
 @pytest.mark.parametrize(("function", "parameter", "make", "came"), list(cases()))
 def test_one_wrong_argument(function, parameter, make, came):
+    """Red with a vector of any length accepted, or a bool for a number."""
     arguments = good_arguments(function)
     call, own = calls(function)
     arguments[parameter] = bad = make()

@@ -38,6 +38,7 @@ class TestLargeMeans:
         return normal(rng, shape, dtype, mean=offset, std=std), axis
 
     def test_forward(self, isa, dtype, layout, offset, std, rng):
+        """Red with a mean that is rounded once on its way into the coefficients."""
         x, axis = self.data(rng, layout, dtype, offset, std)
         assert_close(
             fastbn.batch_norm_forward(x, channel_axis=axis)[0], twin.batch_norm_forward(x, channel_axis=axis)[0]
@@ -145,6 +146,7 @@ class TestConstantChannels:
         return x
 
     def test_forward(self, isa, dtype, layout, value, eps, rng):
+        """Red with 1 / sqrt(0 + 0) for a scale."""
         for size in self.SIZES:
             shape, axis = layout(*size)
             x = self.constant(value, dtype, shape)
@@ -197,7 +199,10 @@ HUGE = {
 @pytest.mark.parametrize("kind", HUGE)
 @pytest.mark.parametrize("size", [(3, 4, 50), (2, 3, 2 * 4096 + 9)], ids=str)
 def test_huge_numbers(isa, dtype, layout, size, kind, rng):
-    """Squares, sums and even differences of these overflow float32; the results are numbers of ordinary size."""
+    """Squares, sums and even differences of these overflow float32; the results are numbers of ordinary size.
+
+    Red with a `unit` that is 1 for them.
+    """
     if not wide_range(dtype):
         pytest.skip("float16 ends at 65504; test_largest_float16 is about that")
     shape, axis = layout(*size)
@@ -418,7 +423,10 @@ def everything(x, grad_output, axis, weight, bias):
 
 @pytest.mark.parametrize("flush", [False, True], ids=["default", "flush"])
 def test_mxcsr_is_never_touched(isa, threads, dtype, layout, flush, mxcsr, rng):
-    """Neither the caller's mode nor, for ordinary numbers, a bit of the results depends on the other."""
+    """Neither the caller's mode nor, for ordinary numbers, a bit of the results depends on the other.
+
+    Red with a driver that sets FTZ and DAZ.
+    """
     shape, axis = layout(8, 16, 40 * 40)
     x, grad_output = normal(rng, shape, dtype, mean=1), normal(rng, shape, dtype)
     x[0] *= np.asarray(1e-3, dtype)

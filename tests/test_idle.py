@@ -1,4 +1,7 @@
-"""test_idle.py -- row 6 of docs/reliability.md: after a call has returned, its threads sleep."""
+"""test_idle.py -- row 6 of docs/reliability.md: after a call has returned, its threads sleep.
+
+Red with workers that spin on.
+"""
 
 from fresh import needs_proc, run
 

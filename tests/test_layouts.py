@@ -73,7 +73,10 @@ def test_views(ndim, name, dtype, rng):
 
 @pytest.mark.parametrize("ndim", [2, 3, 4, 5])
 def test_mixed_arrangements(ndim, dtype, rng):
-    """x one way, grad_output another, residual a third, out a fourth."""
+    """x one way, grad_output another, residual a third, out a fourth.
+
+    Red where a dimension is turned round in one array and not in the other.
+    """
     found = arrays.views(ndim)
     names = list(found)
     for shift in range(0, len(names), 3):
@@ -200,6 +203,7 @@ def overlapping(values, shift):
 @pytest.mark.parametrize("shift", OVERLAPS)
 @pytest.mark.parametrize("role", ["x", "residual", "grad_output", "x_of_backward"])
 def test_partial_overlap(isa, dtype, layout, role, shift, direction, rng):
+    """Red where overlap is not looked for."""
     shape, axis = layout(4, 5, 17)
     weight, bias = parameters(rng, 5, dtype)
     x, residual, grad_output = (normal(rng, shape, dtype) for _ in range(3))

@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import twin
-from arrays import ACTIVATIONS, LAYOUTS, normal
+from arrays import ACTIVATIONS, DTYPES, LAYOUTS, normal
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tolerance import assert_close, assert_gradients
@@ -41,24 +41,27 @@ class Life(RuleBasedStateMachine):
     """`model` holds what the layer must hold: float64 arrays by name, and the counter."""
 
     @initialize(
-        dtype=st.sampled_from([np.float32, np.float64, np.float16]),
+        dtype=st.sampled_from([dtype for dtype in DTYPES.values() if dtype is not None]),
         layout=st.sampled_from(list(LAYOUTS)),
         activation=st.sampled_from(ACTIVATIONS),
         momentum=st.sampled_from([None, 0.0, 0.1, 1.0]),
         guard=st.sampled_from(["propagate", "skip", "raise"]),
+        affine=st.booleans(),
     )
-    def birth(self, dtype, layout, activation, momentum, guard):
-        self.dtype, self.layout = np.dtype(dtype), LAYOUTS[layout]
+    def birth(self, dtype, layout, activation, momentum, guard, affine):
+        self.dtype, self.layout = dtype, LAYOUTS[layout]
         self.bn = fastbn.BatchNorm(
             CHANNELS,
             momentum=momentum,
+            affine=affine,
             channel_axis=self.layout(1, 1, 1)[1],
             activation=activation,
             dtype=dtype,
             on_nonfinite=guard,
         )
         self.options = {"channel_axis": self.bn.channel_axis, "activation": activation}
-        self.model = {name: np.full(CHANNELS, float(name in ("weight", "running_var"))) for name in NAMES}
+        self.names = NAMES if affine else NAMES[2:]
+        self.model = {name: np.full(CHANNELS, float(name in ("weight", "running_var"))) for name in self.names}
         self.count = self.skipped = 0
         self.training = self.remembers = True
         self.last = None  # what a backward would differentiate: the twin's memory of the last call, and its x
@@ -81,7 +84,7 @@ class Life(RuleBasedStateMachine):
         m = self.model
         given = {**self.options, "residual": residual}
         if self.training:
-            expected, saved = twin.batch_norm_forward(x, m["weight"], m["bias"], **given)
+            expected, saved = twin.batch_norm_forward(x, m.get("weight"), m.get("bias"), **given)
             self.count += 1
             share = 1 / self.count if self.bn.momentum is None else self.bn.momentum
             unbiased = saved.var * saved.count / (saved.count - 1)
@@ -89,8 +92,8 @@ class Life(RuleBasedStateMachine):
                 m[name] = (1 - share) * m[name] + share * batch.astype(float)
         else:
             mean, var = self.bn.running_mean.copy(), self.bn.running_var.copy()
-            expected, saved = twin.forward_eval(x, mean, var, m["weight"], m["bias"], **given)
-        assert_close(y, expected, twin.value_scale(saved, m["weight"], m["bias"], residual))
+            expected, saved = twin.forward_eval(x, mean, var, m.get("weight"), m.get("bias"), **given)
+        assert_close(y, expected, twin.value_scale(saved, m.get("weight"), m.get("bias"), residual))
         self.last = (saved, x) if self.remembers else None
 
     @rule(seed=seeds)
@@ -102,9 +105,13 @@ class Life(RuleBasedStateMachine):
         saved, x = self.last
         grad_output = np.random.default_rng(seed).standard_normal(x.shape).astype(self.dtype)
         grad_output = twin.off_kinks(grad_output, saved)
-        found = self.bn.backward(grad_output), self.bn.grad_weight, self.bn.grad_bias
-        found = (*found, self.bn.grad_residual) if saved.has_residual else found
-        assert_gradients(found, grad_output, saved, self.model["weight"])
+        dx = self.bn.backward(grad_output)
+        parameters = self.bn.grad_weight, self.bn.grad_bias
+        if not self.bn.affine:
+            assert parameters == (None, None)
+            parameters = twin.batch_norm_backward(grad_output, None, saved)[1:3]
+        found = dx, *parameters, *([self.bn.grad_residual] if saved.has_residual else [])
+        assert_gradients(found, grad_output, saved, self.model.get("weight"))
 
     @rule()
     def train(self):
@@ -119,6 +126,10 @@ class Life(RuleBasedStateMachine):
 
     @rule(seed=seeds, name=st.sampled_from(NAMES))
     def assign(self, seed, name):
+        if name not in self.names:
+            with pytest.raises(ValueError, match=f"{name} cannot be assigned"):
+                setattr(self.bn, name, np.ones(CHANNELS))
+            return
         values = np.random.default_rng(seed).uniform(0.5, 1.5, CHANNELS).astype(np.float32)
         setattr(self.bn, name, values)
         self.model[name] = values.astype(float)
@@ -127,7 +138,7 @@ class Life(RuleBasedStateMachine):
     @rule(seed=seeds, count=st.integers(0, 1 << 40))
     def load(self, seed, count):
         rng = np.random.default_rng(seed)
-        state = {name: rng.uniform(0.5, 1.5, CHANNELS).astype(np.float32) for name in NAMES}
+        state = {name: rng.uniform(0.5, 1.5, CHANNELS).astype(np.float32) for name in self.names}
         self.bn.load_state_dict({**state, "num_batches_tracked": count})
         self.model, self.count = {name: value.astype(float) for name, value in state.items()}, count
         self.forget()
@@ -180,7 +191,7 @@ class Life(RuleBasedStateMachine):
 
     @staticmethod
     def snapshot(bn):
-        return [getattr(bn, name).tobytes() for name in NAMES], bn.num_batches_tracked, bn.training
+        return {name: value.tobytes() for name, value in bn.state_dict().items()}, bn.training
 
     @invariant()
     def holds_what_the_model_holds(self):
@@ -188,7 +199,7 @@ class Life(RuleBasedStateMachine):
             return
         assert (self.bn.training, self.bn.num_batches_tracked) == (self.training, self.count)
         assert self.bn.num_batches_skipped == self.skipped
-        for name in NAMES:
+        for name in self.names:
             value = getattr(self.bn, name)
             rounding = np.finfo(value.dtype).eps
             np.testing.assert_allclose(value, self.model[name], rtol=64 * rounding, atol=64 * rounding)

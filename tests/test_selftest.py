@@ -50,7 +50,10 @@ def test_green(capsys):
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(("name", "op"), [("batch_norm_forward", "forward"), ("batch_norm_backward", "backward")])
 def test_an_error_is_red(name, op, monkeypatch, capsys):
-    """One element out of thousands: y is measured at its own scale, dx at that of its terms."""
+    """One element out of thousands: y is measured at its own scale, dx at that of its terms.
+
+    Red with a status that is 0 whatever was found.
+    """
 
     def change(y):
         ulps = 4 if op == "forward" else 16

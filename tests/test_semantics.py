@@ -70,7 +70,7 @@ def test_running_statistics_may_be_float64_for_narrow_data(rng):
 
 @pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1), (1, 3, 1, 1), (1, 1, 1, 3)], ids=str)
 def test_one_value_per_channel(dtype, shape, rng):
-    """PyTorch's words, so that who searches for them finds the same advice."""
+    """PyTorch's words, so that who searches for them finds the same advice. Red without the check."""
     axis = shape.index(3)
     x, (mean, var) = normal(rng, shape, dtype), running(dtype)
     out = np.full_like(x, 7)

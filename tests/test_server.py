@@ -1,4 +1,7 @@
-"""test_server.py -- row 2 of docs/reliability.md: examples/server under load, with rows 1 and 3 holding."""
+"""test_server.py -- row 2 of docs/reliability.md: examples/server under load, with rows 1 and 3 holding.
+
+Red with children that believe in their parent's workers.
+"""
 
 import http.client
 import importlib.util
