@@ -121,6 +121,14 @@ BUGS = [
         "test_threads.py::test_no_thread_is_created_after_the_first",
     ),
     Bug(
+        4,
+        "a smaller team",
+        "src_c/plan.c",
+        "plan.team = call->threads;",
+        "plan.team = (int)fbn_clamp(bytes / FBN_SERIAL_BYTES, 1, call->threads);",
+        "test_threads.py::test_a_team_is_whole_or_none",
+    ),
+    Bug(
         5,
         "quota rounded up",
         "fastbn/_threads.py",
@@ -223,6 +231,14 @@ BUGS = [
         "{0x1p100, FLT_MIN,",
         "{0x1p128, FLT_MIN,",
         "test_exactness.py::test_huge_numbers",
+    ),
+    Bug(
+        11,
+        "a subnormal scale",
+        "src_c/kernels/channel.h",
+        " || (gain != 0.0 && fabs(gain) < range->smallest)",
+        "",
+        "test_exactness.py::test_a_subnormal_scale_reaches_no_kernel",
     ),
     Bug(
         12,

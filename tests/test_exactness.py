@@ -459,3 +459,21 @@ def test_subnormals_under_flush(dtype, layout, mxcsr, rng):
     for found in results:
         assert all(np.isfinite(a.astype(float)).all() for a in found)
         assert all(arrays.same_bytes(a, b) for a, b in zip(found, results[0], strict=True))
+
+
+def test_a_subnormal_scale_reaches_no_kernel(isa, layout, mxcsr, rng):
+    """Where it would be slow, a power of two moves from the scale to x: shown by a caller who takes subnormal numbers
+    for 0. Seeded bug: `far` in fbn_affine_of only for large means, after which the results are 0.
+    """
+    shape, axis = layout(4, 16, 65)
+    for dtype, tiny, large in ((np.float32, 2.0**-140, 2.0**60), (np.float64, 2.0**-1040, 2.0**500)):
+        x = normal(rng, shape, np.dtype(dtype)) * dtype(large)
+        op = fastbn.FrozenBatchNorm(
+            np.zeros(16), np.ones(16), np.full(16, tiny), channel_axis=axis, eps=0.0, dtype=dtype
+        )
+        expected = x.astype(np.longdouble) * tiny
+        mxcsr.write(mxcsr.read() | mxcsr.FLUSH)
+        y = op(x)
+        mxcsr.write(mxcsr.read() & ~mxcsr.FLUSH)
+        assert np.array_equal(y, expected)
+        assert arrays.same_bytes(y, op(x))

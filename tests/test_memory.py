@@ -21,9 +21,13 @@ void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_realloc(voi
 
 static _Thread_local long left;
 static int elsewhere;
+static long here;
 
 /* How often threads other than the first asked for memory. */
 int asked_elsewhere(void) { return elsewhere; }
+
+/* How often the first thread did. */
+long asked(void) { return here; }
 
 void fail_at(long n) { left = n; }
 
@@ -37,7 +41,10 @@ int pending(void)
 
 static int fails(void)
 {
-    if (gettid() != getpid()) __atomic_add_fetch(&elsewhere, 1, __ATOMIC_SEQ_CST);
+    if (gettid() != getpid())
+        __atomic_add_fetch(&elsewhere, 1, __ATOMIC_SEQ_CST);
+    else
+        here++;
     if (left == 0 || --left > 0) return 0;
     errno = ENOMEM;
     return 1;
@@ -174,9 +181,44 @@ def shim(tmp_path_factory):
     return folder / "shim.so"
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or shutil.which("cc") is None, reason="needs glibc and cc")
-@pytest.mark.skipif(ASAN, reason="AddressSanitizer has a malloc of its own")
-@pytest.mark.skipif(sysconfig.get_config_var("Py_GIL_DISABLED"), reason="without a GIL Python has a malloc of its own")
+def needs_shim(test):
+    for unmet, reason in (
+        (platform.libc_ver()[0] != "glibc" or shutil.which("cc") is None, "needs glibc and cc"),
+        (ASAN, "AddressSanitizer has a malloc of its own"),
+        (sysconfig.get_config_var("Py_GIL_DISABLED"), "without a GIL Python has a malloc of its own"),
+    ):
+        test = pytest.mark.skipif(bool(unmet), reason=reason)(test)
+    return test
+
+
+@needs_shim
+def test_the_first_call_of_a_frozen_operation_is_like_any_other(shim):
+    """No memory of its own, so nothing is prepared then. Seeded bug: fbn_prepare at the first call."""
+    got = run(
+        """
+import ctypes
+import numpy as np
+import fastbn
+
+asked = ctypes.CDLL(os.environ["LD_PRELOAD"]).asked
+asked.restype = ctypes.c_long
+x = np.ones((4, 300), np.float32)
+bn, out = fastbn.BatchNorm(300), np.empty_like(x)
+bn.freeze()(x, out=out)  # the interpreter's own first time
+op, counts = bn.freeze(), []
+for _ in range(3):
+    before = asked()
+    op(x, out=out)
+    counts.append(asked() - before)
+report(counts=counts)
+""",
+        LD_PRELOAD=str(shim),
+        PYTHONMALLOC="malloc",
+    )
+    assert len(set(got["counts"])) == 1
+
+
+@needs_shim
 def test_every_allocation_may_fail(shim):
     """Row 17, more than 500 failing mallocs. Red with a malloc in src_c taken for granted, or with memory that is asked
     for between the change of the running statistics and that of the counter.

@@ -1,6 +1,7 @@
 """test_threads.py -- rows 3, 4 and 5 of docs/reliability.md: bounded threads, and as many as the machine allows."""
 
 import ctypes
+import itertools
 import os
 import platform
 from pathlib import Path
@@ -193,7 +194,9 @@ report(number=fastbn.get_num_threads(), why=fastbn._threads.why())
 
 @pytest.mark.skipif(not Path("/proc/self/cgroup").exists(), reason="needs cgroups")
 def test_a_quota_of_the_real_system(request):
-    """Row 5: a group above ours has the quota. Skips where the user may not make groups."""
+    """Row 5: a group above ours has the quota. Red where only the innermost group is read, or its files are looked for
+    under other names than the system's. Skips where the user may not make groups.
+    """
     for top, limit in [(V1, "cpu.cfs_quota_us"), (V2, "cpu.max")]:
         outer = Path("/", top, f"fastbn-test-{os.getpid()}")
         inner = outer / "inner"
@@ -304,6 +307,20 @@ def test_team_or_no_team():
         after = _native.parallel_counters()
         assert after["parallel"] - before["parallel"] == (expected if _native.parallel_runtime() != "serial" else 0)
         assert after["contended"] == before["contended"]
+
+
+def test_a_team_is_whole_or_none():
+    """Of T threads or of one, whatever the work: another size would make the system start and end threads. Red with a
+    plan that gives less work to fewer threads.
+    """
+    teams = {
+        _native.plan(op, dtype, family, outer, channels, 1 if family == "cols" else 49, 6)["team"]
+        for op in ("moments", "forward", "normalize", "reduce", "backward", "apply")
+        for dtype in ("float16", "float32", "float64")
+        for family in ("rows", "cols")
+        for outer, channels in itertools.product([1, 2, 8, 64, 1000], [1, 3, 64, 512])
+    }
+    assert teams == {1, 6}
 
 
 # ---- rows 3 and 4: bounded ----
