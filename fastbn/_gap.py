@@ -155,12 +155,13 @@ def train_eval_gap(
     While it measures, every layer normalizes with the statistics of its batch, as in training, so that it answers for
     its own running statistics and not for those of the layers before it. Nothing of any layer changes.
 
-    The gap has two parts, whose squares add up nearly. The one is *noise*: batches differ from one another, and more so
-    the smaller they are: ``small batch``. The other is that the running statistics are *stale*, which `calibrate`
-    mends. It is put down to ``momentum`` if averaging with so large a one leaves as much noise; where it is the larger
-    of the two, to ``too few batches`` if it vanishes once the share ``(1 - momentum) ** num_batches_tracked`` of the
-    initial statistics, zeros and ones, is taken out; else to ``drift``: these batches are not of the data, or the
-    weights before the layer no longer those, that the statistics are of.
+    The gap has two parts, whose squares add up nearly. The one is *noise*: batches differ from one another, and
+    more so the smaller they are: ``small batch``. The other is that the running statistics are *stale*, which
+    `calibrate` mends. It is put down to ``momentum`` if averaging with so large a one leaves as much noise (where
+    momentum is None and an average of so few does, to ``too few batches``); where it is the larger of the two, to
+    ``too few batches`` if it vanishes once the share ``(1 - momentum) ** num_batches_tracked`` of the initial
+    statistics, zeros and ones, is taken out; else to ``drift``: these batches are not of the data, or the weights
+    before the layer no longer those, that the statistics are of.
 
     Examples
     --------
@@ -214,6 +215,7 @@ class _Observer:
         whole = sums.mean(), sums.var()
         counts = np.array([part.count for part in parts])
         share = counts / counts.sum()
+        spread = whole[1] * (1.0 - 1.0 / sums.count)
         means, variances = np.stack([p.mean for p in parts]), np.stack([p.var() for p in parts])
         scales = _scale(weight, variances, layer.eps)
 
@@ -225,7 +227,7 @@ class _Observer:
         def apart(mean: _Float64, var: _Float64) -> float:
             """The mean square between all batches normalized with these statistics and with their own."""
             a, b = _scale(weight, var, layer.eps), _scale(weight, whole[1], layer.eps)
-            return float(np.mean(whole[1] * (a - b) ** 2 + ((whole[0] - mean) * a) ** 2)) if mean.size else 0.0
+            return float(np.mean(spread * (a - b) ** 2 + ((whole[0] - mean) * a) ** 2)) if mean.size else 0.0
 
         by_channel = squared(*running)
         size = float(np.mean(share @ (variances * scales**2) + bias**2)) if weight.size else 0.0
@@ -268,6 +270,8 @@ class _Observer:
         kept = 1.0 / max(tracked, 1) if momentum is None else momentum / (2.0 - momentum)
         of_noise = tracked > 0 and noise / _CLEARLY < stale <= _CLEARLY * (kept + 1.0 / batches) * noise
         if of_noise and kept > 1.0 / _CLEARLY:
+            if momentum is None:
+                return "too few batches", f"an average of {tracked} is as noisy as a batch: calibrate, or train longer"
             return "momentum", (
                 f"momentum {momentum} lets the last batches rule the running statistics: lower it, or calibrate"
             )
@@ -276,7 +280,7 @@ class _Observer:
                 f"a batch of {values:.4g} values per channel is too small to tell what the data are; the running "
                 "statistics are no worse than that. Train on larger batches"
             )
-        initial = 0.0 if momentum is None and tracked else (1.0 - (momentum or 0.0)) ** tracked
+        initial = (1.0 - (momentum or 0.0)) ** tracked
         if initial < 1.0:
             undone = running[0] / (1.0 - initial), np.maximum(running[1] - initial, 0.0) / (1.0 - initial)
             explained = apart(*undone) < stale / _CLEARLY
@@ -285,7 +289,7 @@ class _Observer:
         if explained:
             return "too few batches", (
                 f"the initial statistics still weigh {initial:.0%} after {tracked} batches with momentum {momentum}: "
-                "calibrate, train longer, or raise momentum"
+                f"calibrate, train longer{'' if momentum is None else ', or raise momentum'}"
             )
         return "drift", (
             f"the running statistics are not of these data: channel means are up to {off.max(initial=0.0):.3g} "

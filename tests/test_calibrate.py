@@ -145,6 +145,15 @@ def test_cumulative_is_the_average_of_batches(rng):
     assert_close(bn.running_var, expected, scale=expected)
 
 
+def test_cumulative_keeps_both_parts_of_a_mean():
+    """In float64, where the mean of a batch is no number of its own. Seeded bug: the rest of the mean left out."""
+    ulp = np.finfo(np.float64).eps
+    a, b = np.array([[1.0], [1.0 + ulp]]), np.array([[1.0 + ulp], [1.0 + 2 * ulp]])
+    bn = fastbn.BatchNorm(1, dtype=np.float64)
+    fastbn.calibrate(bn, [a, a, a, b], "cumulative")  # 1 + 3/4 ulp
+    assert bn.running_mean[0] == 1.0 + ulp
+
+
 @pytest.mark.parametrize("momentum", [0.1, 0.7, None])
 def test_ema_is_what_training_does(rng, momentum):
     """Bit for bit, and from where the statistics are. Seeded bugs: starting afresh, a counter that stands still."""
@@ -309,6 +318,55 @@ def test_a_network_of_one_layer_is_that_layer(rng, method):
     assert bits(bn) == bits(other)
 
 
+@pytest.mark.parametrize("run", ["exact", "ema", "cumulative", "gap"])
+def test_the_network_goes_on_with_what_training_makes(rng, run):
+    """Whatever the options and the mode of a layer. Seeded bugs: a residual, slope or eps that does not come along."""
+    x, residual = data(rng)[:40], data(rng)[:40]
+    bn = fastbn.BatchNorm(3, eps=0.5, activation="leaky_relu", negative_slope=0.3).eval()
+    bn.weight[...], bn.bias[...] = [1.0, -2.0, 0.5], [0.0, 1.0, 3.0]
+    made = []
+
+    def network(batch):
+        made.append(bn(batch, residual=residual))
+
+    if run == "gap":
+        fastbn.train_eval_gap(network, [x, x])
+    else:
+        fastbn.calibrate(network, [x, x], run)
+    expected, _ = twin.batch_norm_forward(
+        x, bn.weight, bn.bias, 0.5, activation="leaky_relu", negative_slope=0.3, residual=residual
+    )
+    for y in made:
+        assert_close(y, expected)
+
+
+class Watched:
+    """A lock that notes what the statistics were when it was taken and given back."""
+
+    def __init__(self, layer):
+        self.layer, self.seen = layer, []
+
+    def note(self, *_):
+        self.seen.append((self.layer._running_mean.tobytes(), self.layer._running_var.tobytes()))
+
+    __enter__ = __exit__ = note
+
+
+@pytest.mark.parametrize("method", ["exact", "ema", "cumulative"])
+def test_statistics_change_under_the_lock(rng, method):
+    """So that no call of another thread sees one of them old and one of them new."""
+    network = Network()
+    for layer in network.layers:
+        layer._lock = Watched(layer)
+        layer._lock.note()
+    fastbn.calibrate(network, [data(rng)[:40]], method)
+    for layer in network.layers:
+        seen = layer._lock.seen
+        layer._lock.note()
+        first, *_, taken, given_back, now = seen
+        assert first == taken != given_back == now
+
+
 def test_a_layer_that_is_called_twice_sees_both(rng):
     x = data(rng)
     bn, other = fastbn.BatchNorm(3), fastbn.BatchNorm(3)
@@ -317,8 +375,11 @@ def test_a_layer_that_is_called_twice_sees_both(rng):
     assert bits(bn) == bits(other)
 
 
-def test_a_network_may_use_threads(rng):
+def test_a_network_may_use_threads(rng, request):
     """Seeded bug: collecting without a lock, or from this thread alone."""
+    before = sys.getswitchinterval()
+    request.addfinalizer(lambda: sys.setswitchinterval(before))
+    sys.setswitchinterval(1e-6)
     parts = pieces(data(rng))
     bn, other = fastbn.BatchNorm(3), fastbn.BatchNorm(3)
     with ThreadPoolExecutor(4) as pool:
@@ -488,18 +549,19 @@ class Bar:
             yield item
 
 
-def test_progress(rng, monkeypatch):
+@pytest.mark.parametrize("run", [fastbn.calibrate, fastbn.train_eval_gap])
+def test_progress(rng, monkeypatch, run):
     """None leaves it to tqdm whether stderr is a terminal. Seeded bug: a bar that True or False does not rule."""
     x = data(rng)
     monkeypatch.setattr(Bar, "made", [])
     monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=Bar))
     for progress, disable in ((True, False), (None, None)):
-        fastbn.calibrate(fastbn.BatchNorm(3), [x, x], progress=progress)
+        run(fastbn.BatchNorm(3), [x, x], progress=progress)
         bar, options = Bar.made.pop()
         assert (bar.seen, bar.closed, options["disable"]) == (2, True, disable)
-    fastbn.calibrate(fastbn.BatchNorm(3), [x], progress=False)
+    run(fastbn.BatchNorm(3), [x, x], progress=False)
     monkeypatch.setitem(sys.modules, "tqdm", None)  # as if it were not installed
-    fastbn.calibrate(fastbn.BatchNorm(3), [x])
+    run(fastbn.BatchNorm(3), [x, x])
     with pytest.raises(ImportError, match="progress=True needs tqdm"):
-        fastbn.calibrate(fastbn.BatchNorm(3), [x], progress=True)
+        run(fastbn.BatchNorm(3), [x, x], progress=True)
     assert Bar.made == []
