@@ -256,7 +256,7 @@ def test_set_num_threads_wrong_type(n):
 
 
 def test_num_threads_restores():
-    """Red without try/finally in num_threads."""
+    """Red with a block that sets nothing back when it ends with an exception."""
     seen = [fastbn.get_num_threads()]
 
     @fastbn.num_threads(1024)
