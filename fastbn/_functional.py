@@ -129,8 +129,6 @@ def batch_norm(
         negative_slope,
         residual,
         out,
-        "running_mean",
-        "running_var",
     )
 
 

@@ -29,6 +29,8 @@ class Saved:
     negative_slope: float
     has_residual: bool
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...  # TypeError: a forward makes it
+    def __copy__(self) -> Saved: ...  # itself
+    def __deepcopy__(self, memo: object) -> Saved: ...  # itself
     @property
     def mean(self) -> _Array: ...  # float64 (C,), read-only
     @property
@@ -100,8 +102,8 @@ def normalize(
     negative_slope: float,
     residual: Any,
     out: _Array | None,
-    mean_name: str = "mean",  # what error messages call them
-    var_name: str = "var",
+    mean_name: str = "running_mean",  # what error messages call them
+    var_name: str = "running_var",
 ) -> _Array: ...
 
 # normalize that can be differentiated: Saved.count is 0.

@@ -757,6 +757,15 @@ cdef class Saved:
     def var(self):
         return self.column(self.var_)
 
+    def __copy__(self):
+        return self
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        raise TypeError("Saved cannot be pickled: what a forward leaves is for the backward of its own process")
+
     def __repr__(self):
         return f"<fastbn Saved: {self.channels} channels, count {self.count}, activation {self.activation!r}>"
 
@@ -1004,7 +1013,7 @@ cdef class Prepared:
         cdef cnp.ndarray vr = None
         cdef cnp.ndarray y
         cdef int code = data_code(vx, "x")
-        cdef int axis = axis_of(vx, self.axis)
+        cdef int axis
         cdef Geometry geo
         cdef _Operands o
         cdef fbn_status status
@@ -1012,6 +1021,7 @@ cdef class Prepared:
         cdef int threads = fbn_get_num_threads()
         if self.prepared == NULL:
             raise TypeError("this map was never prepared")
+        axis = axis_of(vx, self.axis)
         if code != self.code:
             raise TypeError(f"x must have dtype {DTYPES[self.code]}, got {vx.dtype}")
         if cnp.PyArray_DIM(vx, axis) != self.channels:
@@ -1089,7 +1099,7 @@ cdef tuple run_normalize(object x_given, object mean, object var, object weight,
 
 
 def normalize(x, mean, var, weight, bias, eps, channel_axis, activation, negative_slope, residual, out,
-              mean_name="mean", var_name="var"):
+              mean_name="running_mean", var_name="running_var"):
     y, _ = run_normalize(x, mean, var, weight, bias, eps, channel_axis, activation, negative_slope, residual, out, False,
                          mean_name, var_name)
     return y if out is None else out
@@ -1097,16 +1107,20 @@ def normalize(x, mean, var, weight, bias, eps, channel_axis, activation, negativ
 
 def forward_eval(x, mean, var, weight, bias, eps, channel_axis, activation, negative_slope, residual, out):
     return run_normalize(x, mean, var, weight, bias, eps, channel_axis, activation, negative_slope, residual, out, True,
-                         "mean", "var")
+                         "running_mean", "running_var")
 
 
 def commit(layer, list pairs, tracked):
     """Copies every (to, from) of equal dtype and size, all at once, and sets the counter of a layer whose lock is held."""
     cdef cnp.ndarray to, source
-    for to, source in pairs:
-        if not (cnp.PyArray_IS_C_CONTIGUOUS(to) and cnp.PyArray_IS_C_CONTIGUOUS(source) and to.dtype == source.dtype
-                and same_shape(to, source)):
-            raise ValueError("what is copied must be contiguous, of one dtype and one shape")
+    for to, source in pairs:  # the layer's own arrays are in anybody's reach
+        if not (same_shape(to, source) and to.dtype == source.dtype):
+            raise ValueError(
+                f"an array of the layer must have the shape and dtype that it was made with, {(<object>source).shape} and "
+                f"{source.dtype}, got {(<object>to).shape} and {to.dtype}"
+            )
+        if not (PyArray_ISWRITEABLE(to) and PyArray_IS_C_CONTIGUOUS(to) and PyArray_IS_C_CONTIGUOUS(source)):
+            raise ValueError("an array of the layer must be writeable and contiguous, got one that is not")
     lock_numbers()
     for to, source in pairs:
         memcpy(cnp.PyArray_DATA(to), cnp.PyArray_DATA(source), <size_t>cnp.PyArray_NBYTES(to))

@@ -279,7 +279,14 @@ def save(file: _File, state: Mapping[str, ArrayLike], *, max_bytes: int = MAX_BY
     except (*_UNREADABLE, ValueError, struct.error) as error:  # struct.error: a name of more than 65535 bytes
         raise ValueError(f"state must be such that it can be loaded again: {error}") from error
     with _written(file) as target:
-        target.write(draft.getvalue())
+        rest = draft.getbuffer()
+        while len(rest):
+            count = target.write(rest)
+            if count is None and not isinstance(target, io.RawIOBase):
+                break  # not a file of Python's, which tells how much it took
+            if not count:
+                raise OSError(f"file must take all that is written, got one that left {len(rest)} bytes")
+            rest = rest[count:]
 
 
 def load(file: _File, *, max_bytes: int = MAX_BYTES) -> dict[str, _Array]:
@@ -354,6 +361,8 @@ class _Bounded:
 
     def read(self, size: int = -1) -> bytes:
         data = self._file.read(size if 0 <= size <= _DIRECTORY_BYTES else _DIRECTORY_BYTES + 1)
+        if not isinstance(data, bytes):
+            raise _BadFileError(f"its read gives {type(data).__name__}, and not bytes")
         if len(data) > _DIRECTORY_BYTES:
             raise _BadFileError("its directory is too long")
         return data

@@ -3,6 +3,9 @@
 Seeded bug that turns it red: the gate of relu6 passes the gradient above 6.
 """
 
+import copy
+import pickle
+
 import arrays
 import numpy as np
 import pytest
@@ -122,3 +125,16 @@ def test_backward_twice(dtype, layout, rng):
     first = fastbn.batch_norm_backward(grad_output, x, saved)
     second = fastbn.batch_norm_backward(grad_output, x, saved)
     assert all(arrays.same_bytes(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_what_a_forward_leaves_cannot_change_nor_leave(rng):
+    """So a copy is itself. Seeded bug: the message of a pickle that names members of C."""
+    x = normal(rng, (4, 3, 5), np.float32)
+    _, saved = fastbn.batch_norm_forward(x)
+    assert copy.copy(saved) is copy.deepcopy([saved])[0] is saved
+    with pytest.raises(TypeError, match="Saved cannot be pickled: what a forward leaves"):
+        pickle.dumps(saved)
+    with pytest.raises(AttributeError):
+        saved.count = 0
+    with pytest.raises(ValueError, match="read-only"):
+        saved.mean[:] = 0

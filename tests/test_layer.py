@@ -294,6 +294,23 @@ def test_in_place_arithmetic_on_an_attribute():
     assert_array_equal(bn.running_mean, [0, 5, 0])
 
 
+def test_an_array_of_the_layer_that_was_changed_by_hand():
+    """Seeded bugs: numbers copied to where an array was; into one that must not be written."""
+    bn, state = fastbn.BatchNorm(3), fastbn.BatchNorm(3).state_dict()
+    bn.weight.flags.writeable = False
+    for change in (lambda: bn.load_state_dict(state), lambda: setattr(bn, "weight", np.zeros(3))):
+        with pytest.raises(ValueError, match="an array of the layer must be writeable and contiguous"):
+            change()
+    assert_array_equal(bn.weight, 1)
+    bn.weight.flags.writeable = True
+    bn.running_mean.resize(2, refcheck=False)
+    with pytest.raises(ValueError, match=r"with, \(3,\) and float32, got \(2,\) and float32"):
+        bn.load_state_dict({**state, "bias": np.ones(3)})
+    assert_array_equal(bn.bias, 0)
+    with pytest.raises(ValueError, match=r"running_mean must have .*, shape \(3,\), got \(2,\)"):
+        bn(np.ones((2, 3), np.float32))
+
+
 def test_what_a_layer_is_made_of_does_not_change():
     """Seeded bug: plain attributes, after which a layer cannot be saved."""
     bn = fastbn.BatchNorm(3)

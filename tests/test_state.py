@@ -310,6 +310,15 @@ def test_a_layer_saves_what_it_can_load():
         fastbn.load(file)
 
 
+def test_a_file_that_reads_text():
+    class Text(io.BytesIO):
+        def read(self, size=-1):
+            return "PK"
+
+    with pytest.raises(ValueError, match="its read gives str, and not bytes"):
+        fastbn.load(Text(b"PK" * 100))
+
+
 @pytest.mark.parametrize("file", [None, 5, b"a", io.StringIO("PK"), [], object()], ids=repr)
 def test_what_is_no_file_is_a_type_error(file):
     for call in (fastbn.load, fastbn.BatchNorm(3).load, fastbn.BatchNorm(3).save, lambda f: fastbn.save(f, {"a": 1.0})):
@@ -529,6 +538,27 @@ def test_what_is_written_over(tmp_path):
     assert file.read_bytes() == written(trained(1).state_dict())
     assert os.name == "nt" or file.stat().st_mode & 0o777 == 0o600
     assert len(list(tmp_path.iterdir())) == 2
+
+
+class Slow(io.RawIOBase):
+    """Takes a few bytes at a time, as unbuffered files may, and then no more."""
+
+    def __init__(self, room):
+        self.room, self.taken = room, b""
+
+    def write(self, data):
+        count = min(len(data), 100, self.room - len(self.taken))
+        self.taken += bytes(data[:count])
+        return count
+
+
+def test_a_file_that_takes_less_than_it_is_given():
+    """Seeded bug: one write, whatever it took."""
+    file = Slow(1 << 20)
+    fastbn.save(file, trained().state_dict())
+    assert file.taken == written(trained().state_dict())
+    with pytest.raises(OSError, match=r"file must take all that is written, got one that left \d+ bytes"):
+        fastbn.save(Slow(150), trained().state_dict())
 
 
 def test_a_file_that_cannot_be_written_is_an_os_error(tmp_path):
