@@ -58,3 +58,21 @@ def test_in_eval_mode_the_statistics_are_constants(case):
     bn.weight[...], bn.bias[...], bn.running_var[...] = weight, bias, [1.0, 2.0, 3.0, 4.0]
     bn.eval()(u @ w)
     assert_allclose(bn.backward(dy), dy * weight / np.sqrt(bn.running_var + bn.eps), rtol=1e-14)
+
+
+def test_images_are_the_rows_of_their_places(rng):
+    """Section 3.2: the batch of a feature map is samples x height x width. Seeded bug: statistics of each sample."""
+    x, dy = rng.normal(size=(2, 5, 3, 4, 6)) * 3 + 1
+    weight, bias = rng.normal(size=(2, 3))
+
+    def rows(images):
+        return np.moveaxis(images, 1, -1).reshape(-1, 3)
+
+    y, saved = fastbn.batch_norm_forward(x, weight, bias, 0.0)
+    assert saved.count == 5 * 4 * 6
+    of_rows, saved_of_rows = fastbn.batch_norm_forward(rows(x), weight, bias, 0.0)
+    assert_allclose(rows(y), of_rows, atol=1e-13)
+    dx, dweight, dbias = fastbn.batch_norm_backward(dy, x, saved, weight, bias)
+    dx_of_rows, *others = fastbn.batch_norm_backward(rows(dy), rows(x), saved_of_rows, weight, bias)
+    assert_allclose(rows(dx), dx_of_rows, atol=1e-13)
+    assert_allclose([dweight, dbias], others, atol=1e-12)

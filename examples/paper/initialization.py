@@ -10,7 +10,7 @@ from paper.study import GREY, NORM, PLAIN, Claim, Settings, band, progress
 from paper.training import cross_entropy, predict, train
 
 TITLE = "With batch norm, initial weights may have almost any scale"
-STEPS, PAPER_STEPS, SHORT_STEPS = 500, 50_000, 200
+STEPS, PAPER_STEPS, SHORT_STEPS = 500, 50_000, 300
 # Standard deviations of the hidden weights, half a decade apart; the output layer keeps that of study 1.
 SCALES = [float(f"{10 ** (k / 2):.2g}") for k in range(-8, 4)]
 OUTPUT_SCALE = 0.1
