@@ -257,6 +257,14 @@ BUGS = [
         "test_errors.py::test_one_wrong_argument",
     ),
     Bug(
+        12,
+        "an array of the layer to blame",
+        "fastbn/_layer.py",
+        "            self._check_channels(x)  # what is wrong then is x, and not what it was compared with\n",
+        "",
+        "test_errors.py::test_x_with_another_number_of_channels",
+    ),
+    Bug(
         13,
         "half turned round",
         "src_c/geometry.c",

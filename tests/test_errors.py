@@ -382,9 +382,10 @@ def test_the_good_arguments_are_good(function):
 @pytest.mark.parametrize("channels", [2, 4])
 @pytest.mark.parametrize("function", ["layer", "layer_eval", "frozen"])
 def test_x_with_another_number_of_channels(function, channels):
+    """The layer's arrays are right by definition. Red where the message is about one of them."""
     call, own = calls(function)
     before = [a.tobytes() for a in own]
-    with pytest.raises(ValueError, match=rf"\b3\b.*\b{channels}\b|\b{channels}\b.*\b3\b"):
+    with pytest.raises(ValueError, match=rf"^x must have 3 channels along axis 1, got .*\b{channels}\b"):
         call(tensor(shape=(4, channels, 5)))
     assert [a.tobytes() for a in own] == before
 
