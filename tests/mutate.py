@@ -531,7 +531,7 @@ def main() -> int:
         bugs = random.Random(arguments.seed or None).sample(bugs, min(arguments.some, len(bugs)))
     if arguments.list or not bugs:
         for bug in bugs or BUGS:
-            print(f"{bug.row:2}  {bug.name:26} {bug.file:20} {bug.test}")
+            print(f"{bug.row:2}  {bug.name:32} {bug.file:20} {bug.test}")
         return not bugs
     with tempfile.TemporaryDirectory() as folder:
         pristine = Path(folder, "pristine")
@@ -552,7 +552,7 @@ def main() -> int:
             start = time.monotonic()
             said = verdict(bug, pristine, greens)
             missed += not said.startswith("caught")
-            print(f"row {bug.row:2}  {bug.name:26} {said}  ({time.monotonic() - start:.0f} s)", flush=True)
+            print(f"row {bug.row:2}  {bug.name:32} {said}  ({time.monotonic() - start:.0f} s)", flush=True)
     print(f"{len(bugs) - missed} caught, {missed} not")
     return missed > 0
 
