@@ -85,3 +85,20 @@ runpy.run_path("examples/paper", run_name="__main__")
     done = python("-c", lines)
     assert done.returncode == 1
     assert re.fullmatch(rf"python examples/paper.*: .*\b{module}\b.*; .*pip install \"\.\[paper\]\".*\n", done.stderr)
+
+
+def test_studies_of_perceptrons_need_no_pytorch():
+    lines = """
+import sys
+from importlib import import_module
+sys.modules["torch"] = None  # as if it were not there
+sys.path.insert(0, "examples")
+from paper.study import studies
+for name in studies():
+    try:
+        import_module("paper." + name)
+    except ImportError:
+        print(name)
+"""
+    done = python("-c", lines)
+    assert (done.stdout.split(), done.stderr) == (["inception", "gradients", "cifar"], "")

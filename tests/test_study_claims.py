@@ -35,6 +35,18 @@ def ends_at(*values):
 
 # Numbers, two seeds or one, from which all claims of a study follow ...
 SUPPORT = {
+    "mnist": {
+        "at": [0, 10, 20],
+        "plain": {"accuracy": [[0.1, 0.8, 0.9]] * 2, "percentiles": [[[-1, 0, 1], [-2, -1, 0], [-3, -2, -1]]] * 2},
+        "norm": {"accuracy": [[0.1, 0.9, 0.95]] * 2, "percentiles": [[[-1, 0, 1], [-1, 0.1, 1], [-1, 0, 1]]] * 2},
+    },
+    "small_batches": {
+        "gap": [[0.7, 0.4, 0.05]],
+        "exact": [[0.5, 0.9, 0.97]],
+        "training": [[0.3, 0.8, 0.97]],
+        "stale": [[0.2, 0.1, 0.02]],
+        "calibrated": [[0.04, 0.02, 0.02]],
+    },
     "ensemble": {key: [[[0.04, 0.05], [0.03]]] * 2 for key in ("error", "loss")},
     "initialization": {"scales": SCALES}
     | {
@@ -93,6 +105,12 @@ def changed(numbers, **paths):
 
 # ... and changes of them, each of which refutes the claims at the places named.
 CONTRARY = [
+    ("mnist", {"norm__accuracy": [[0.1, 0.9, 0.95], [0.1, 0.8, 0.95]]}, [0]),
+    ("mnist", {"norm__accuracy": [[0.1, 0.9, 0.9]] * 2}, [1]),
+    ("mnist", {"norm__percentiles": [[[-1, 0, 1], [1, 2, 3], [-1, 0, 1]]] * 2}, [2]),
+    ("small_batches", {"gap": [[0.04, 0.4, 0.05]]}, [0]),
+    ("small_batches", {"exact": [[0.5, 0.8, 0.97]]}, [1]),
+    ("small_batches", {"calibrated": [[0.04, 0.06, 0.02]]}, [2]),
     ("ensemble", {"error": [[[0.04, 0.05], [0.04]]]}, [0]),
     ("ensemble", {"error": [[[0.04, 0.05], [0.03]], [[0.02, 0.05], [0.03]]]}, [0]),
     ("ensemble", {"loss": [[[0.04, 0.05], [0.045]]]}, [1]),

@@ -14,7 +14,17 @@ for module in ("matplotlib", "sklearn", "tqdm", "torch"):
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
 from paper import cifar, convolution, gradients, inception  # noqa: E402
+from paper.autograd import torch  # noqa: E402
 from paper.study import Settings, perform  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the studies run: convolutions of these sizes gain nothing from a second, and wait for it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def verdicts(study, numbers):

@@ -20,6 +20,7 @@ EPS, BATCH, LEVEL = 1e-5, 128, 0.25
 # The paper's mini-batch, whose covariance is asked for its rank.
 SMALL_BATCH = 60
 WIDTHS, ROWS, ROUNDS = (16, 32, 64, 128, 256, 512), 1024, 15
+SHORT_ROUNDS = 3
 # What is done, its colour and line, and its name.
 KINDS = {
     "raw": (PLAIN, "--", "raw"),
@@ -154,7 +155,7 @@ def run(settings: Settings) -> dict[str, Any]:
                     found["covariance"] = covariance(data.x_train)[::apart, ::apart]
                     found["image"] = data.x_test[0].reshape(pictures.shape).mean(0)
     with fastbn.num_threads(1):
-        return numbers | {"cost": cost(WIDTHS, ROWS, ROUNDS)}
+        return numbers | {"cost": cost(WIDTHS, ROWS, SHORT_ROUNDS if settings.short else ROUNDS)}
 
 
 def arrival(numbers: dict[str, Any], kind: str) -> list[float]:
