@@ -406,6 +406,14 @@ BUGS = [
     ),
     Bug(
         17,
+        "a state of two moments",
+        "fastbn/_layer.py",
+        "        with self._lock:\n            return _state.StateDict(",
+        "        if True:\n            return _state.StateDict(",
+        "test_layer.py::test_what_others_take_while_a_thread_trains_belongs_together",
+    ),
+    Bug(
+        17,
         "a counter without a lock",
         "fastbn/_layer.py",
         "with self._lock:\n                    momentum = self._momentum\n",

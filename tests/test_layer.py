@@ -701,6 +701,49 @@ def test_mean_and_variance_of_a_reader_belong_together():
             future.result()
 
 
+def test_what_others_take_while_a_thread_trains_belongs_together():
+    """State dicts, copies, pickles and frozen operations are of one moment. Seeded bug: state_dict without the lock."""
+    bn = fastbn.BatchNorm(512, momentum=1.0, dtype="float64")
+    base = data((4, 512), "float64")
+    mean, var = base.mean(0), base.var(0, ddof=1)
+    bn(base)
+    done = threading.Event()
+
+    def train():
+        for _ in range(1000):
+            bn(base * (bn.num_batches_tracked + 1))
+        done.set()
+
+    def taken(what):
+        if what == "freeze":
+            op = bn.freeze()
+            return op.running_mean, op.running_var, op.running_mean[0] / mean[0]
+        if what == "state_dict":
+            state = bn.state_dict()
+        else:
+            state = (copy.copy(bn) if what == "copy" else pickle.loads(pickle.dumps(bn))).state_dict()
+        return state["running_mean"], state["running_var"], state["num_batches_tracked"]
+
+    def take(what):
+        times = 0
+        while times == 0 or not done.is_set():
+            found_mean, found_var, count = taken(what)
+            assert_allclose(found_mean, count * mean, rtol=1e-9, atol=1e-9)
+            assert_allclose(found_var, count**2 * var, rtol=1e-9)
+            times += 1
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(5) as pool:
+            takers = [pool.submit(take, what) for what in ("state_dict", "copy", "pickle", "freeze")]
+            for future in [pool.submit(train), *takers]:
+                future.result()
+    finally:
+        sys.setswitchinterval(interval)
+    assert bn.num_batches_tracked == 1001
+
+
 def test_layers_that_compare_equal_are_two_to_a_forked_child():
     class Equal(fastbn.BatchNorm):
         def __eq__(self, other):
