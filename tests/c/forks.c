@@ -106,7 +106,7 @@ static void before_fork(void)
     inner.wanted = false;
     inner.started = pthread_create(&inner.thread, NULL, fork_inside, NULL) == 0;
     clock_gettime(CLOCK_REALTIME, &until);
-    until.tv_sec += 5;
+    until.tv_sec += 30;
     pthread_mutex_lock(&lock);
     while (!inner.done && !inner.alone) {
         inner.alone = pthread_cond_timedwait(&news, &lock, &until) != 0;
