@@ -81,7 +81,7 @@ def run(settings: Settings) -> dict[str, Any]:
     numbers: dict[str, Any] = settings.header(name, steps) | {"ratios": ratios, "parts": PARTS}
     numbers["note"] = (
         f"Above: seed {settings.seeds[0]}, σ₂ = {SHOWN} σ₁, contours of the loss, κ its condition number. "
-        f"Below: median and range of {len(settings.seeds)} seeds. "
+        f"Below: {settings.spread}. "
         "Every run has the best of the rates "
         f"{', '.join(map(str, PARTS))} / λ, λ being the largest curvature of its own loss."
     )

@@ -52,8 +52,7 @@ def run(settings: Settings) -> dict[str, Any]:
             ]
             for key, column in (("error", 0), ("loss", 1)):
                 numbers[key].append([[pair[column] for pair in pairs] for pairs in of_size])
-    note = "Left: a row of points for each seed." if len(settings.seeds) > 1 else ""
-    return numbers | {"note": f"{note} Right: mean over all ensembles of a size; median and range of seeds.".strip()}
+    return numbers | {"note": f"Left: points by seed. Right: mean over all ensembles of a size; {settings.spread}."}
 
 
 def claims(numbers: dict[str, Any]) -> list[Claim]:

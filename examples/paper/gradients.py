@@ -46,7 +46,7 @@ def run(settings: Settings) -> dict[str, Any]:
     torch.set_num_threads(1)
     images = settings.images()
     numbers: dict[str, Any] = settings.header(images, 0)
-    numbers["note"] = f"Left, middle: seed {settings.seeds[0]}. Right: median and range of {len(settings.seeds)} seeds."
+    numbers["note"] = f"Left, middle: seed {settings.seeds[0]}. Right: {settings.spread}."
     with progress(2 * len(settings.seeds), "gradients") as tick:
         for kind, (norm, _, _) in KINDS.items():
             numbers[kind] = []

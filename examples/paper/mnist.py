@@ -42,7 +42,7 @@ def fit(
 def run(settings: Settings) -> dict[str, Any]:
     images, steps = settings.images().flat(), settings.count(STEPS, PAPER_STEPS, SHORT_STEPS)
     numbers: dict[str, Any] = settings.header(images, steps) | {"at": evaluation_steps(steps)}
-    numbers["note"] = f"Left: median and range of {len(settings.seeds)} seeds. Right: seed {settings.seeds[0]}."
+    numbers["note"] = f"Left: {settings.spread}. Right: seed {settings.seeds[0]}."
     with progress(2 * len(settings.seeds) * steps, "mnist") as tick:
         for kind, (norm, _, _) in KINDS.items():
             fits = [fit(images, seed, norm, steps, RATE, tick) for seed in settings.seeds]

@@ -37,8 +37,7 @@ def run(settings: Settings) -> dict[str, Any]:
         images = images.split(TRAINING)
     at = evaluation_steps(steps, 25)
     numbers: dict[str, Any] = settings.header(images, steps) | {"at": at}
-    seeds = f"{len(settings.seeds)} seeds" if len(settings.seeds) > 1 else f"seed {settings.seeds[0]}"
-    numbers["note"] = f"All in inference mode; dropout drops {DROPOUT:.0%}. Median and range of {seeds}."
+    numbers["note"] = f"All in inference mode; dropout drops {DROPOUT:.0%}. Bars and curves: {settings.spread}."
     with progress(len(KINDS) * len(settings.seeds) * steps, "regularization") as tick:
         for kind, (norm, dropout, _, _, _) in KINDS.items():
             found = numbers[kind] = {"train_loss": [], "train_error": [], "test_loss": [], "test_error": []}

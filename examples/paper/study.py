@@ -67,10 +67,15 @@ class Settings:
     def images(self) -> Dataset:
         return load(self.path)
 
+    @property
+    def spread(self) -> str:
+        """What a curve and its band are, for a figure's foot."""
+        return f"median and range of {len(self.seeds)} seeds" if len(self.seeds) > 1 else f"seed {self.seeds[0]}"
+
     def header(self, data: Dataset | str, steps: int) -> dict[str, Any]:
         """What every study's numbers begin with; `data` is a data set, or what a synthetic one is."""
         name = data if isinstance(data, str) else data.name
-        return {"data": name, "seeds": list(self.seeds), "steps": steps}
+        return {"data": name, "seeds": list(self.seeds), "steps": steps, "note": f"Curves: {self.spread}."}
 
     def count(self, default: int, paper: int | None = None, short: int | None = None) -> int:
         """How many steps to train: what was asked for, the paper's number, the short one, or the default."""
@@ -146,9 +151,7 @@ def save(draw: Any, numbers: dict[str, Any], title: str, path: Path) -> None:
 
 
 def _foot(numbers: dict[str, Any], width: float) -> str:
-    seeds = f"Lines: median of {len(numbers['seeds'])} seeds; bands: their range." if len(numbers["seeds"]) > 1 else ""
-    text = " ".join(filter(None, [f"Data: {numbers['data']}.", numbers.get("note", seeds)]))
-    return "\n".join(textwrap.wrap(text, int(width * 17)))
+    return "\n".join(textwrap.wrap(f"Data: {numbers['data']}. {numbers['note']}", int(width * 17)))
 
 
 def band(axes: Axes, x: Sequence[float], runs: Any, color: str, label: str | None = None, **line: Any) -> None:

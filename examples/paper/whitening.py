@@ -110,10 +110,9 @@ def run(settings: Settings) -> dict[str, Any]:
     images = pictures.flat()
     at = evaluation_steps(steps)
     numbers: dict[str, Any] = settings.header(images, steps) | {"at": at, "widths": WIDTHS}
-    seeds = f"{len(settings.seeds)} seeds" if len(settings.seeds) > 1 else f"seed {settings.seeds[0]}"
     numbers["note"] = (
         f"Above: seed {settings.seeds[0]}; a test image, and covariances of the training images, raw in units of the "
-        f"largest. Below: median and range of {seeds}, each with another three quarters of the training images; "
+        f"largest. Below: {settings.spread}, each with another three quarters of the training images; "
         "softmax regression at a rate of 2 / (largest curvature of the input); PCA and ZCA lie on each other; cost for "
         f"batches of {ROWS} synthetic rows on one thread."
     )
@@ -274,7 +273,7 @@ def draw(figure: Figure, numbers: dict[str, Any]) -> None:
         drawn, ax=[panels[f"cov {kind}"] for kind in KINDS], shrink=0.9, pad=0.01, label="covariance", ticks=[-1, 0, 1]
     )
     panels["values"].set(title="Variances", yscale="log", xlabel="principal direction", ylabel="variance along it")
-    panels["values"].legend(fontsize=8, loc="lower left")
+    panels["values"].legend(fontsize=8)
     panels["cost"].plot(numbers["widths"], numbers["cost"]["time"], color=GREY, marker="o", markersize=4, label="time")
     operations = numbers["cost"]["operations"]
     panels["cost"].plot(numbers["widths"], operations, color=GREY, linestyle=":", label="operations")
@@ -284,4 +283,7 @@ def draw(figure: Figure, numbers: dict[str, Any]) -> None:
     panels["cost"].minorticks_off()
     panels["cost"].legend(fontsize=8)
     panels["loss"].set(title="Training loss", yscale="log", xlabel="SGD step", ylabel="cross-entropy (nats)")
-    panels["accuracy"].set(title="Test accuracy", xlabel="SGD step", ylabel="fraction correct", ylim=(0.8, 1))
+    panels["accuracy"].set(title="Test accuracy", xlabel="SGD step", ylabel="fraction correct")
+    # What matters is the end: the start, at chance, is left out.
+    lowest = min(np.min(np.asarray(numbers[kind]["accuracy"])[:, -1]) for kind in KINDS)
+    panels["accuracy"].set_ylim(max(0, np.floor(10 * lowest - 1) / 10), 1)
