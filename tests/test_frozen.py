@@ -4,7 +4,6 @@ import copy
 import gc
 import pickle
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -126,23 +125,6 @@ def test_a_call_leaves_no_python_frame_and_remembers_nothing():
     del x
     gc.collect()
     assert gone() is None
-
-
-def test_threads_get_the_same_bytes():
-    op, inputs = trained()[0].freeze(), [np.random.default_rng(i).normal(size=(40, 5)).astype("f4") for i in range(8)]
-    expected = [op(x) for x in inputs]
-    wrong = []
-
-    def work(i):
-        out = np.empty_like(inputs[i])
-        for _ in range(200):
-            op(inputs[i], out=out)
-            if not np.array_equal(out, expected[i]):
-                wrong.append(i)
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(work, range(8)))
-    assert not wrong
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e8])

@@ -319,7 +319,9 @@ class TestThreadsAndForks:
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
     @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
     def test_fork(self):
-        """A child forked at any moment has a store, and what its parent holds stays as it is."""
+        """A child forked at any moment has a store, and what its parent holds stays as it is. Red with a child that
+        does not leave the store that its parent's fork had entered.
+        """
         stop = threading.Event()
         x = make(1)
 
