@@ -66,6 +66,35 @@ def npz_small(arrays, folder):
     return npz(arrays, folder, np.savez_compressed)
 
 
+def test_no_digit_is_both_learned_and_tested():
+    """Each of scikit-learn's is there once, under its own label. Red with parts that overlap."""
+    bunch = pytest.importorskip("sklearn.datasets").load_digits()
+    data = load()
+    assert (data.x_train.shape, data.x_test.shape) == ((1347, 1, 8, 8), (450, 1, 8, 8))
+    images, labels = np.concatenate([data.x_train, data.x_test]), np.concatenate([data.y_train, data.y_test])
+    found = sorted((label, image.tobytes()) for image, label in zip(images, labels, strict=True))
+    expected = zip((bunch.images / 16).astype(np.float32), bunch.target, strict=True)
+    assert found == sorted((label, image.tobytes()) for image, label in expected)
+    assert np.bincount(data.y_test).min() > 30
+
+
+def test_few_images_to_train_on_leave_the_others_to_test_on(mnist, tmp_path):
+    whole = load(idx_folder(mnist, tmp_path))
+    data = whole.split(2)
+    assert data.name == "MNIST, 2 images to train on and 7 to test on"
+    for both, parts in (
+        ((data.x_train, data.x_test), (whole.x_train, whole.x_test)),
+        (
+            (data.y_train, data.y_test),
+            (whole.y_train, whole.y_test),
+        ),
+    ):
+        assert len(both[0]) == 2
+        assert np.array_equal(np.concatenate(both), np.concatenate(parts))
+    assert whole.flat().x_train.shape == (5, 6)
+    assert np.array_equal(whole.flat().x_test[3], whole.x_test[3].ravel())
+
+
 @pytest.mark.parametrize("write", [idx_folder, idx_gz, idx_dotted, idx_by_a_file, npz, npz_small])
 def test_every_form_of_mnist_becomes_images(write, mnist, tmp_path):
     data = load(write(mnist, tmp_path))
@@ -216,7 +245,9 @@ def test_batches_become_images(write, folder, rng):
     assert data.x_train.dtype == np.float32
     assert data.y_train.tolist() == [label for one in batches[:5] for label in one[b"labels"]]
     assert data.y_test.tolist() == batches[5][b"labels"]
-    assert data.x_train[1, 2, 5, 7] == np.float32(batches[1][b"data"][0, 2 * 1024 + 5 * 32 + 7]) / np.float32(255)
+    for plane in range(3):
+        value = np.float32(batches[1][b"data"][0, plane * 1024 + 5 * 32 + 7])
+        assert data.x_train[1, plane, 5, 7] == value / np.float32(255)
 
 
 def test_the_folder_is_found_from_above_and_from_a_file(folder, tmp_path_factory):
