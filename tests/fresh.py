@@ -43,12 +43,17 @@ import contextlib, json, os, resource, sys, threading, time
 def run(code, *, warnings="error", timeout=300, **env):
     """Run `code`, which may use `comms` and must `report`, in an environment without settings of ours or OpenMP's."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("FASTBN_", "OMP_", "GOMP_", "KMP_"))}
-    done = subprocess.run(
-        [sys.executable, "-W", warnings, "-c", PRELUDE + code],
-        env=clean | {"OPENBLAS_NUM_THREADS": "1"} | env,
-        timeout=timeout,
-        capture_output=True,
-        text=True,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-W", warnings, "-c", PRELUDE + code],
+            env=clean | {"OPENBLAS_NUM_THREADS": "1"} | env,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError(
+            f"it hangs: it should have ended within {timeout} s\n{error.stdout}{error.stderr}"
+        ) from None
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
     return json.loads(done.stdout.splitlines()[-1])
