@@ -373,6 +373,7 @@ for thread in threads:
 grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
 report(wrong=len(wrong), extra=most - before, grown=grown, ours=comms().count("fastbn"), **_native.parallel_counters())
 """,
+        timeout=100,
         FASTBN_NUM_THREADS="4",
     )
     assert got["wrong"] == 0
