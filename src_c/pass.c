@@ -110,8 +110,11 @@ static void fbn_reduce_strip(const fbn_pass *pass, fbn_partials *p, const double
         begin = fbn_part(g->outer, strip, p->strips);
         end = fbn_part(g->outer, strip + 1, p->strips);
     }
-    /* The hardware's prefetcher loses its place at the end of every plane: fetch as many planes ahead as it takes. */
-    int64_t planes = rows ? fbn_ceil_div(FBN_REACH, (last - first) * g->inner * size) : 0;
+    /* The hardware's prefetcher loses its place at the end of every plane: fetch as many planes ahead as it takes; or
+     * of short planes, of which all images are read at once, the neighbours. */
+    bool fetch = rows && !pass->plan.warm;
+    int64_t planes = fetch && !fbn_short(g->inner) ? fbn_ceil_div(FBN_REACH, (last - first) * g->inner * size) : 0;
+    int64_t channels = fetch && fbn_short(g->inner) ? last - first : 0;
     fbn_span span = {
         .x = fbn_at(&pass->x, size, rows ? 0 : begin, first, 0),
         .other = fbn_at(&pass->other, size, rows ? 0 : begin, first, 0),
@@ -124,8 +127,8 @@ static void fbn_reduce_strip(const fbn_pass *pass, fbn_partials *p, const double
         .x_next = pass->x.channel_stride,
         .other_next = pass->other.channel_stride,
         .gate_next = fbn_gate_words(g),
-        .ahead = planes * pass->x.outer_stride * size,
-        .other_ahead = planes * pass->other.outer_stride * size,
+        .ahead = (planes * pass->x.outer_stride + channels * pass->x.channel_stride) * size,
+        .other_ahead = (planes * pass->other.outer_stride + channels * pass->other.channel_stride) * size,
     };
     fbn_coef k = pass->backward ? fbn_coefs_at(coefs, first) : (fbn_coef){0};
     const fbn_kernels *kernels = pass->kernels;
@@ -399,7 +402,8 @@ static void fbn_lay_out(fbn_work *w, int needs, fbn_arena *a)
         fbn_room *room = w->rooms == NULL ? &w->one : &w->rooms[i];
         *room = (fbn_room){0};
         if (sums) {
-            room->tile = fbn_deal(a, pass->g.family == FBN_ROWS ? fbn_lines_bytes(side) : fbn_columns_bytes(side));
+            room->tile = fbn_deal(a, pass->g.family == FBN_ROWS ? fbn_lines_bytes(side, pass->g.inner)
+                                                                : fbn_columns_bytes(side));
         }
         if (panel > 0) {
             fbn_deal_coefs(a, &room->panel, pass->g.dtype, panel);

@@ -45,7 +45,7 @@ enum {
     FBN_PANEL_BYTES = 1024,
     FBN_PANEL_ROWS = 8,
     FBN_PANEL_WIDTH = 512,
-    FBN_TILE = 2048,
+    FBN_TILE = 1024,
     FBN_LINES = 32,
     FBN_RUN_BYTES = 8192,
     FBN_PATCHED_BYTES = 4096,
@@ -63,10 +63,15 @@ static int64_t fbn_grain(const fbn_geometry *g)
     return even < 16 ? 16 / even : 1;
 }
 
+/* What a reduce reads of one channel. */
+static int64_t fbn_channel_bytes(const fbn_geometry *g, const fbn_call *call)
+{
+    return g->outer * g->inner * fbn_dtype_size(g->dtype) * (call->op == FBN_PLAN_BACKWARD ? 2 : 1);
+}
+
 static int64_t fbn_choose_slab(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, int team)
 {
-    int64_t streams = call->op == FBN_PLAN_BACKWARD ? 2 : 1;
-    int64_t channel_bytes = g->outer * g->inner * fbn_dtype_size(g->dtype) * streams;
+    int64_t channel_bytes = fbn_channel_bytes(g, call);
     if (g->family == FBN_COLS) {
         return 0;
     }
@@ -98,7 +103,9 @@ static int64_t fbn_choose_tile(const fbn_geometry *g, int team)
     int64_t share = fbn_ceil_div(g->channels, tasks);
     if (rows) {
         int64_t most = fbn_clamp(share, 1, FBN_LINES);
-        return fbn_clamp(FBN_RUN_BYTES / (g->inner * fbn_dtype_size(g->dtype)), 1, most);
+        int64_t tile = fbn_clamp(FBN_RUN_BYTES / (g->inner * fbn_dtype_size(g->dtype)), 1, most);
+        int64_t grain = fbn_grain(g);
+        return tile > grain ? tile / grain * grain : tile;
     }
     return fbn_clamp(fbn_ceil_div(share, 16) * 16, 16, FBN_TILE);
 }
@@ -140,5 +147,7 @@ fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_ma
     int64_t run = plan.panel > 0 ? FBN_CACHE_LINE : (g->family == FBN_ROWS ? g->inner : g->channels) * size;
     plan.stream = bytes > m->l2 * 4 && (run % FBN_CACHE_LINE == 0 || run >= FBN_PATCHED_BYTES);
     plan.ahead = plan.slab != 0 && bytes > m->l2 * 4;
+    /* Longer planes are fetched all the same, plane by plane: that is for L1. */
+    plan.warm = plan.ahead && fbn_short(g->inner);
     return plan;
 }

@@ -116,6 +116,11 @@ static inline double fbn_pivot(double x) { return isfinite(x) ? x : 0.0; }
  * the ISA or the number of its neighbours. */
 enum { FBN_BLOCK = 4096, FBN_BLOCK_ROWS = 1024, FBN_STRIP_ROWS = 768, FBN_STRIPS = 128 };
 
+/* Planes that are summed down the images before across: long enough for a channel to fill a vector, and so short that
+ * the ends of planes would cost more. */
+enum { FBN_SHORT_LEAST = 16, FBN_SHORT_MOST = 128 };
+static inline bool fbn_short(int64_t inner) { return inner >= FBN_SHORT_LEAST && inner <= FBN_SHORT_MOST; }
+
 typedef struct {
     int64_t planes;    /* planes in a block, where pieces is 1 */
     int64_t pieces;    /* blocks in a plane, where planes is 1 */

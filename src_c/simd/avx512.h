@@ -5,6 +5,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#define V_SIDE 4
+
 typedef __m512 v_f32;
 
 typedef struct {

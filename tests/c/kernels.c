@@ -492,7 +492,7 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
         matrix_fill(&c->means, rng_one_in(r, 4) ? SPECIAL : PLAIN, r);
         c->mean = (const double *)(const void *)c->means.data;
     }
-    int64_t tile = op->rows ? fbn_lines_bytes(c->channels) : fbn_columns_bytes(c->channels);
+    int64_t tile = op->rows ? fbn_lines_bytes(c->channels, inner) : fbn_columns_bytes(c->channels);
     c->tile = matrix_make(&the_memory.tile, FBN_F64, 1, tile / (int64_t)sizeof(double), 0, where, r);
     for (int i = 0; i < (op->shape == MOMENTS ? 3 : 2); i++) {
         matrix m = matrix_make(&the_memory.stats[i], FBN_F64, 1, c->channels, 0, where, r);
