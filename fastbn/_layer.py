@@ -223,13 +223,13 @@ class BatchNorm:
         self._dtype = _state.as_dtype("dtype", dtype)
         self.on_nonfinite = on_nonfinite
         self.training = True
+        self._lock = threading.RLock()
         self.num_batches_skipped = 0
         self.grad_weight: _Array | None = None
         self.grad_bias: _Array | None = None
         self.grad_residual: _Array | None = None
         self._backward_follows = True
         # Reentrant: a signal handler that saves the layer may run inside a call of it.
-        self._lock = threading.RLock()
         self._last = threading.local()
         _layers[id(self)] = self
 
@@ -289,7 +289,9 @@ class BatchNorm:
 
     @num_batches_skipped.setter
     def num_batches_skipped(self, value: int) -> None:
-        self._skipped = _state.as_integer("num_batches_skipped", value, 0, _state.COUNTER_MAX)
+        number = _state.as_integer("num_batches_skipped", value, 0, _state.COUNTER_MAX)
+        with self._lock:
+            self._skipped = number
 
     def __call__(self, x: Any, residual: Any = None, out: _Array | None = None) -> _Array:
         """Normalize `x`.
@@ -322,6 +324,7 @@ class BatchNorm:
         >>> float(bn(x, residual=-x).max()) == 0.0
         True
         """
+        spoils = out is not None and _overlap(x, out)
         try:
             if not self._training and self._track_running_stats:
                 if not self._backward_follows:
@@ -357,7 +360,7 @@ class BatchNorm:
         except ValueError:
             self._check_channels(x)  # what is wrong then is x, and not what it was compared with
             raise
-        self._last.call = (x if out is None or not _overlap(x, out) else None), saved
+        self._last.call = (None if spoils else x), saved
         return y if out is None else out
 
     forward = __call__
@@ -707,4 +710,8 @@ def _overlap(x: Any, out: _Array) -> bool:
     """Whether writing `out` may have changed `x`. Two arrays that own their memory are told apart at no cost."""
     if out is x:
         return True
+    if not issubclass(type(out), np.ndarray):  # isinstance would believe an object's __class__
+        return False  # which the binding refuses
+    if not issubclass(type(x), np.ndarray):
+        x = _native.view(x, "x")
     return (type(x) is not np.ndarray or x.base is not None or out.base is not None) and np.may_share_memory(x, out)

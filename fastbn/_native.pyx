@@ -97,7 +97,7 @@ cdef extern from "plan.h" nogil:
     ctypedef struct fbn_plan:
         int team
         int64_t slab, tile, panel
-        bint stream, backwards, ahead
+        bint stream, backwards, ahead, warm
     fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *machine)
     void fbn_machine_init()
     const fbn_machine *fbn_this_machine()
@@ -297,6 +297,11 @@ cdef cnp.ndarray view_of(object x, str name):
     raise TypeError(f"{name} must be a NumPy array or a CPU tensor with __dlpack__, got {type(x).__name__}")
 
 
+def view(x, str name):
+    """The same for Python."""
+    return view_of(x, name)
+
+
 cdef int data_code(cnp.ndarray a, str name) except -1:
     cdef int code = dtype_code(a)
     if code < 0:
@@ -459,8 +464,15 @@ cdef bint clashes(cnp.ndarray a, cnp.ndarray out) noexcept:
 
 
 cdef bint overlaps_itself(cnp.ndarray out):
-    """Whether two elements of out share memory (a window view): then it cannot be written in place."""
-    return np.lib.array_utils.byte_bounds(out)[1] - np.lib.array_utils.byte_bounds(out)[0] < out.nbytes
+    """Whether two elements of out may share memory (a window view): then it cannot be written in place. They do not where
+    every axis steps over all that the shorter ones reach.
+    """
+    reach = cnp.PyArray_ITEMSIZE(out)
+    for stride, length in sorted((abs(step), n) for step, n in zip((<object>out).strides, (<object>out).shape) if n > 1):
+        if stride < reach:
+            return True
+        reach += stride * (length - 1)
+    return False
 
 
 cdef cnp.ndarray blank(cnp.ndarray like):
@@ -647,11 +659,23 @@ cdef int load(object p, Py_ssize_t channels, str name, double *to) except -1:
     return 0
 
 
+cdef int still_a_parameter(cnp.ndarray a, Py_ssize_t channels) except -1:
+    cdef int kind = cnp.PyArray_TYPE(a)
+    if cnp.PyArray_NDIM(a) != 1 or cnp.PyArray_DIM(a, 0) != channels or (
+        kind != cnp.NPY_FLOAT32 and kind != cnp.NPY_FLOAT64
+    ):
+        raise RuntimeError("an array changed its shape or dtype during the call")
+    return 0
+
+
 cdef int load_parameters(fbn_affine *affine, _ParamBlock p, object weight, object bias, cnp.ndarray mean=None,
                          cnp.ndarray var=None) except -1:
     """All at once: what a layer's other threads write together (commit, update_running) is read together."""
     cdef cnp.ndarray w = None if weight is None else readable(weight, p.channels, "weight")
     cdef cnp.ndarray b = None if bias is None else readable(bias, p.channels, "bias")
+    for a in (w, b, mean, var):  # one of them may have had code of its own, and changed another
+        if a is not None:
+            still_a_parameter(a, p.channels)
     lock_numbers()
     affine.weight = widen(w, p.channels, p.slot(0))
     affine.bias = widen(b, p.channels, p.slot(1))
@@ -851,13 +875,14 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
     memset(&affine, 0, sizeof(affine))
     affine.eps = eps
     load_parameters(&affine, p, weight, bias)
+    if residual_given is not None:
+        residual = view_of(residual_given, "residual")
+        check_like(residual, x, code, "residual")
+    # Last of what an argument with code of its own could still change.
     if running_mean is not None:
         running_check(running_mean, channels, "running_mean")
     if running_var is not None:
         running_check(running_var, channels, "running_var")
-    if residual_given is not None:
-        residual = view_of(residual_given, "residual")
-        check_like(residual, x, code, "residual")
     if cnp.PyArray_SIZE(x) > 0 and cnp.PyArray_SIZE(x) == channels:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {list((<object>x).shape)}"
@@ -1385,7 +1410,7 @@ def plan(str op, str dtype, str family, outer, channels, inner, threads, gated=F
         m.l2, m.l3 = machine["l2"], machine["l3"]
     p = fbn_make_plan(&g, &call, &m)
     return {"team": p.team, "slab": p.slab, "tile": p.tile, "panel": p.panel, "stream": bool(p.stream),
-            "backwards": bool(p.backwards), "ahead": bool(p.ahead)}
+            "backwards": bool(p.backwards), "ahead": bool(p.ahead), "warm": bool(p.warm)}
 
 
 def copy(src, dst, int threads):

@@ -111,10 +111,11 @@ static void fbn_reduce_strip(const fbn_pass *pass, fbn_partials *p, const double
         end = fbn_part(g->outer, strip + 1, p->strips);
     }
     /* The hardware's prefetcher loses its place at the end of every plane: fetch as many planes ahead as it takes; or
-     * of short planes, of which all images are read at once, the neighbours. */
+     * of short planes without a gate, of which all images are read at once, the neighbours. */
     bool fetch = rows && !pass->plan.warm;
-    int64_t planes = fetch && !fbn_short(g->inner) ? fbn_ceil_div(FBN_REACH, (last - first) * g->inner * size) : 0;
-    int64_t channels = fetch && fbn_short(g->inner) ? last - first : 0;
+    bool across = fbn_short(g->inner) && pass->gate == NULL;
+    int64_t planes = fetch && !across ? fbn_ceil_div(FBN_REACH, (last - first) * g->inner * size) : 0;
+    int64_t channels = fetch && across ? last - first : 0;
     fbn_span span = {
         .x = fbn_at(&pass->x, size, rows ? 0 : begin, first, 0),
         .other = fbn_at(&pass->other, size, rows ? 0 : begin, first, 0),
@@ -402,8 +403,9 @@ static void fbn_lay_out(fbn_work *w, int needs, fbn_arena *a)
         fbn_room *room = w->rooms == NULL ? &w->one : &w->rooms[i];
         *room = (fbn_room){0};
         if (sums) {
-            room->tile = fbn_deal(a, pass->g.family == FBN_ROWS ? fbn_lines_bytes(side, pass->g.inner)
-                                                                : fbn_columns_bytes(side));
+            room->tile = fbn_deal(a, pass->g.family == FBN_ROWS
+                                         ? fbn_lines_bytes(side, pass->g.inner, fbn_is_wide(pass->g.dtype))
+                                         : fbn_columns_bytes(side));
         }
         if (panel > 0) {
             fbn_deal_coefs(a, &room->panel, pass->g.dtype, panel);

@@ -63,15 +63,10 @@ static int64_t fbn_grain(const fbn_geometry *g)
     return even < 16 ? 16 / even : 1;
 }
 
-/* What a reduce reads of one channel. */
-static int64_t fbn_channel_bytes(const fbn_geometry *g, const fbn_call *call)
-{
-    return g->outer * g->inner * fbn_dtype_size(g->dtype) * (call->op == FBN_PLAN_BACKWARD ? 2 : 1);
-}
-
 static int64_t fbn_choose_slab(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, int team)
 {
-    int64_t channel_bytes = fbn_channel_bytes(g, call);
+    int64_t streams = call->op == FBN_PLAN_BACKWARD ? 2 : 1;
+    int64_t channel_bytes = g->outer * g->inner * fbn_dtype_size(g->dtype) * streams;
     if (g->family == FBN_COLS) {
         return 0;
     }
@@ -148,6 +143,6 @@ fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_ma
     plan.stream = bytes > m->l2 * 4 && (run % FBN_CACHE_LINE == 0 || run >= FBN_PATCHED_BYTES);
     plan.ahead = plan.slab != 0 && bytes > m->l2 * 4;
     /* Longer planes are fetched all the same, plane by plane: that is for L1. */
-    plan.warm = plan.ahead && fbn_short(g->inner);
+    plan.warm = plan.ahead && fbn_short(g->inner) && !call->gated;
     return plan;
 }

@@ -37,7 +37,7 @@ typedef struct {
     bool stream;    /* the output is written past the cache */
     bool backwards; /* an apply walk starts where the reduce before it ended: least of it has left the cache */
     bool ahead;     /* the next slab is prefetched while this one is applied */
-    bool warm;      /* and so a reduce finds it in L2 */
+    bool warm;      /* and so a reduce, but a thread's first, finds it in L2 and fetches nothing */
 } fbn_plan;
 
 /* How much of a tensor one step of an apply walk covers: small enough to share, large enough to call a kernel for.

@@ -65,6 +65,20 @@ def test_sizes(isa, dtype, layout, size, rng):
     )
 
 
+@pytest.mark.parametrize("inner", [255 * 4096 + 49, 1_015_921], ids=str)
+def test_a_long_plane_whose_last_piece_is_short(isa, inner, rng):
+    """Red when what is short is asked of a piece and not of the plane."""
+    x = normal(rng, (1, 2, inner), arrays.FLOAT32, mean=2)
+    y, saved = fastbn.batch_norm_forward(x, activation="relu")
+    expected, statistics = twin.batch_norm_forward(x, activation="relu")
+    assert_statistics(saved, statistics, x.dtype)
+    assert_close(y, expected, twin.value_scale(statistics, None, None))
+    sums = fastbn.backward_reduce(x, x, saved.mean)
+    wide = x.astype(np.float64) - statistics.mean[:, None]
+    np.testing.assert_allclose(sums[0], x.sum((0, 2), np.float64), rtol=1e-6)
+    np.testing.assert_allclose(sums[1], (x * wide).sum((0, 2)), rtol=1e-6)
+
+
 def assert_statistics(saved, expected, dtype):
     """The variance to the precision of the parameters, the mean to that of the deviations it is subtracted for."""
     unit = epsilon(arrays.parameter_dtype(dtype))

@@ -13,6 +13,7 @@ import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import arrays
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
@@ -752,3 +753,14 @@ def test_layers_that_compare_equal_are_two_to_a_forked_child():
 
     one, two = Equal(3), Equal(3)
     assert {id(one), id(two)} <= set(fastbn._layer._layers)
+
+
+def test_a_result_over_a_tensor_that_only_offers_dlpack(rng):
+    """Red when only arrays are looked at for an overlap."""
+    bn = fastbn.BatchNorm(3)
+    x = rng.standard_normal((4, 3), np.float32)
+    bn(arrays.Foreign(x), out=x)
+    with pytest.raises(ValueError, match="wrote its result"):
+        bn.backward(x)
+    bn(arrays.Foreign(x), out=np.empty_like(x))
+    bn.backward(x)

@@ -455,6 +455,23 @@ np.testing.assert_allclose(m.var(), one.var(axis=(0, 2)), rtol=1e-6)
     assert run.returncode == 0, run.stderr
 
 
+def test_windows_with_gaps_in_place(rng):
+    """Red when a view is taken to overlap itself only where its elements are more than its memory."""
+    base = normal(rng, (8, 20), FLOAT32)
+    x = np.lib.stride_tricks.sliding_window_view(base, 4, axis=1, writeable=True)[:, ::2]
+    expected, _ = fastbn.batch_norm_forward(x.copy())
+    running = np.zeros(x.shape[1]), np.ones(x.shape[1])
+    apart = np.zeros(x.shape[1]), np.ones(x.shape[1])
+    fastbn.batch_norm(x.copy(), *apart, training=True)
+    fastbn.batch_norm(x, *running, training=True, out=x)
+    np.testing.assert_array_equal(running, apart)
+    for window in range(x.shape[1]):
+        for i in range(4):
+            places = [w for w in range(x.shape[1]) if 0 <= 2 * window + i - 2 * w < 4]
+            candidates = [expected[:, w, 2 * window + i - 2 * w] for w in places]
+            assert np.all(np.any([x[:, window, i] == c for c in candidates], axis=0))
+
+
 @pytest.mark.parametrize("shape", [(1 << 20, 1 << 20, 1 << 20), (2, 1 << 40, 3), (1 << 58, 2, 2)], ids=str)
 def test_views_that_no_memory_could_hold(shape):
     """2**60 elements without a byte: refused, since the result would not fit."""

@@ -62,17 +62,19 @@ static inline const void *fbn_ahead(const void *p, int64_t bytes)
 }
 
 /* `tile`: memory, aligned for any type, that a kernel of sums works in: fbn_columns_bytes(width) of it, or
- * fbn_lines_bytes(channels, elements of a plane) in the rows family. An odd step keeps the arrays in it from lying a
- * power of two apart, where loads wait for stores that they have nothing to do with. */
+ * fbn_lines_bytes(channels, elements of a plane, whether the arithmetic is float64) in the rows family. An odd step
+ * keeps the arrays in it from lying a power of two apart, where loads wait for stores that they have nothing to do
+ * with. */
 static inline int64_t fbn_tile_step(int64_t columns) { return (columns + 15) / 16 * 16 + 16; }
 static inline int64_t fbn_columns_bytes(int64_t columns)
 {
     return fbn_tile_step(columns) * 7 * (int64_t)sizeof(double) + FBN_LINE;
 }
-static inline int64_t fbn_lines_bytes(int64_t channels, int64_t inner)
+static inline int64_t fbn_lines_bytes(int64_t channels, int64_t inner, bool wide)
 {
-    int64_t spread = fbn_short(inner) ? fbn_tile_step(channels * inner) * 7 : 0;
-    return (channels * (4 * 16 + 3) + spread) * (int64_t)sizeof(double) + 2 * FBN_LINE;
+    int64_t places = fbn_short(inner) ? fbn_tile_step(channels * inner) * 7 : 0;
+    int64_t size = (int64_t)(wide ? sizeof(double) : sizeof(float));
+    return channels * (4 * 16 + 3) * (int64_t)sizeof(double) + places * size + 2 * FBN_LINE;
 }
 
 #define FBN_OPS(OP)                                                                                                    \

@@ -9,6 +9,7 @@
 #include "recycle.h"
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -33,11 +34,7 @@ static void compute(int threads, double results[3][CHANNELS])
     }
 }
 
-static void *call(void)
-{
-    fbn_recycle_free(fbn_recycle_malloc(FBN_RECYCLED));
-    return NULL;
-}
+static void call(void) { fbn_recycle_free(fbn_recycle_malloc(FBN_RECYCLED)); }
 
 /* In a child: is the store open, has it kept `blocks` (or any number, if negative), does it serve again, and is there a
  * team? */
@@ -137,7 +134,7 @@ static void fork_within_a_fork(void)
 
 /* ---- forks at any moment ---- */
 
-static volatile bool stop;
+static atomic_bool stop;
 
 static void *keep_calling(void *unused)
 {

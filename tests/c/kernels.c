@@ -451,7 +451,10 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
     width = blocks && width == 0 ? 1 : width; /* an empty channel has no blocks */
     c->channels = !op->rows ? width : blocks ? rng_between(r, 1, 6) : 1;
     int64_t inner = width;
-    width = blocks ? width * c->channels : width;
+    int64_t x_next = inner + (blocks && rng_one_in(r, 4) ? rng_between(r, 1, 20) : 0);
+    int64_t other_next = inner + (blocks && rng_one_in(r, 4) ? rng_between(r, 1, 20) : 0);
+    int64_t other_width = blocks ? (c->channels - 1) * other_next + inner : width;
+    width = blocks ? (c->channels - 1) * x_next + inner : width;
     int64_t rows = draw_rows(op, width, r);
     c->channels = op->rows && op->shape == APPLIES ? rows : c->channels;
     c->x = matrix_make(&the_memory.x, type, rows, width, draw_stride(width, true, r), where, r);
@@ -461,9 +464,10 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
         .x_stride = c->x.stride,
         .rows = rows,
         .width = inner,
-        .x_next = inner,
-        .other_next = inner,
+        .x_next = x_next,
+        .other_next = other_next,
         .ahead = rng_one_in(r, 2) ? 0 : rng_between(r, -100000, 100000),
+        .other_ahead = rng_one_in(r, 2) ? 0 : rng_between(r, -100000, 100000),
         .stream = op->shape == APPLIES && rng_one_in(r, 2),
     };
     if (blocks) {
@@ -472,7 +476,7 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
         c->last = rng_one_in(r, 2) ? c->blocks.count : rng_between(r, c->first, c->blocks.count);
     }
     if (op->backward || (op->shape == APPLIES && rng_one_in(r, 2))) {
-        c->other = matrix_make(&the_memory.other, type, rows, width, draw_stride(width, true, r), where, r);
+        c->other = matrix_make(&the_memory.other, type, rows, other_width, draw_stride(other_width, true, r), where, r);
         matrix_fill(&c->other, rng_one_in(r, 2) ? PLAIN : c->kind, r);
         c->span.other = c->other.data;
         c->span.other_stride = c->other.stride;
@@ -492,7 +496,7 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
         matrix_fill(&c->means, rng_one_in(r, 4) ? SPECIAL : PLAIN, r);
         c->mean = (const double *)(const void *)c->means.data;
     }
-    int64_t tile = op->rows ? fbn_lines_bytes(c->channels, inner) : fbn_columns_bytes(c->channels);
+    int64_t tile = op->rows ? fbn_lines_bytes(c->channels, inner, dtype == FBN_F64) : fbn_columns_bytes(c->channels);
     c->tile = matrix_make(&the_memory.tile, FBN_F64, 1, tile / (int64_t)sizeof(double), 0, where, r);
     for (int i = 0; i < (op->shape == MOMENTS ? 3 : 2); i++) {
         matrix m = matrix_make(&the_memory.stats[i], FBN_F64, 1, c->channels, 0, where, r);
