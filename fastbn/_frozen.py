@@ -235,12 +235,14 @@ class FrozenBatchNorm(_native.Prepared):
         _state.check_prefix(prefix)
         mean = state.get(prefix + "running_mean") if isinstance(state, Mapping) else None
         try:
-            channels = np.shape(mean)[0] if mean is not None and np.ndim(mean) == 1 else 0
+            shape = (0,) if mean is None else np.shape(mean)
         except ValueError:  # what is ragged has no shape; the checker says so
-            channels = 0
+            shape = (0,)
+        if len(shape) != 1:
+            raise ValueError(f"{prefix}running_mean must be a one-dimensional array, got shape {shape}")
         arrays, _ = _state.check_state(
             state,
-            _state.template(channels, np.float64, affine=True, track_running_stats=True),
+            _state.template(shape[0], np.float64, affine=True, track_running_stats=True),
             f"a FrozenBatchNorm with prefix {prefix!r}",
             prefix=prefix,
             optional=("weight", "bias", "num_batches_tracked"),

@@ -149,7 +149,8 @@ def test_a_state_dict_must_have_the_statistics_and_nothing_unknown():
         ({"a.running_mean": None}, r"missing a\.running_mean; "),
         ({"a.wieght": state["a.weight"]}, r"unknown a\.wieght$"),
         ({"a.weight": np.ones(4)}, r"a\.weight must have shape \(5,\), got \(4,\)$"),
-        ({"a.running_mean": 0.0}, r"a\.running_mean must have shape"),
+        ({"a.running_mean": 0.0}, r"^a\.running_mean must be a one-dimensional array, got shape \(\)$"),
+        ({"a.running_mean": np.ones((5, 1))}, r"^a\.running_mean must be a one-dimensional array, got shape \(5, 1\)$"),
         ({"a.bias": np.full(5, np.nan)}, r"a\.bias must be finite"),
         ({"a.running_var": np.full(5, -1.0)}, r"a\.running_var must not be negative"),
     ):
