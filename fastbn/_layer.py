@@ -223,13 +223,13 @@ class BatchNorm:
         self._dtype = _state.as_dtype("dtype", dtype)
         self.on_nonfinite = on_nonfinite
         self.training = True
+        # Reentrant: a signal handler that saves the layer may run inside a call of it.
         self._lock = threading.RLock()
         self.num_batches_skipped = 0
         self.grad_weight: _Array | None = None
         self.grad_bias: _Array | None = None
         self.grad_residual: _Array | None = None
         self._backward_follows = True
-        # Reentrant: a signal handler that saves the layer may run inside a call of it.
         self._last = threading.local()
         _layers[id(self)] = self
 
@@ -324,14 +324,15 @@ class BatchNorm:
         >>> float(bn(x, residual=-x).max()) == 0.0
         True
         """
-        spoils = out is not None and _overlap(x, out)
+        running = not self._training and self._track_running_stats
         try:
-            if not self._training and self._track_running_stats:
-                if not self._backward_follows:
-                    return _native.normalize(
-                        x, self._running_mean, self._running_var, self._weight, self._bias, self._eps,
-                        self._channel_axis, self._activation, self._negative_slope, residual, out,
-                    )  # fmt: skip
+            if running and not self._backward_follows:
+                return _native.normalize(
+                    x, self._running_mean, self._running_var, self._weight, self._bias, self._eps, self._channel_axis,
+                    self._activation, self._negative_slope, residual, out,
+                )  # fmt: skip
+            spoils = out is not None and _overlap(x, out)
+            if running:
                 y, saved = _native.forward_eval(
                     x, self._running_mean, self._running_var, self._weight, self._bias, self._eps, self._channel_axis,
                     self._activation, self._negative_slope, residual, out,

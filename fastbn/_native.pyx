@@ -660,7 +660,11 @@ cdef int load(object p, Py_ssize_t channels, str name, double *to) except -1:
 
 
 cdef int still_a_parameter(cnp.ndarray a, Py_ssize_t channels) except -1:
-    cdef int kind = cnp.PyArray_TYPE(a)
+    """Absent, or as it was when it was checked: another may have had code of its own, and changed it."""
+    cdef int kind
+    if a is None:
+        return 0
+    kind = cnp.PyArray_TYPE(a)
     if cnp.PyArray_NDIM(a) != 1 or cnp.PyArray_DIM(a, 0) != channels or (
         kind != cnp.NPY_FLOAT32 and kind != cnp.NPY_FLOAT64
     ):
@@ -673,9 +677,10 @@ cdef int load_parameters(fbn_affine *affine, _ParamBlock p, object weight, objec
     """All at once: what a layer's other threads write together (commit, update_running) is read together."""
     cdef cnp.ndarray w = None if weight is None else readable(weight, p.channels, "weight")
     cdef cnp.ndarray b = None if bias is None else readable(bias, p.channels, "bias")
-    for a in (w, b, mean, var):  # one of them may have had code of its own, and changed another
-        if a is not None:
-            still_a_parameter(a, p.channels)
+    still_a_parameter(w, p.channels)
+    still_a_parameter(b, p.channels)
+    still_a_parameter(mean, p.channels)
+    still_a_parameter(var, p.channels)
     lock_numbers()
     affine.weight = widen(w, p.channels, p.slot(0))
     affine.bias = widen(b, p.channels, p.slot(1))

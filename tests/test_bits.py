@@ -3,6 +3,8 @@
 Seeded bug that turns it red: partial sums combined by thread instead of by block.
 """
 
+import itertools
+
 import arrays
 import numpy as np
 import pytest
@@ -153,6 +155,33 @@ def test_channel_by_channel(isa, dtype, layout, rng):
         few = np.ascontiguousarray(np.moveaxis(np.moveaxis(x, axis, 0)[part], 0, axis))
         y, _ = fastbn.batch_norm_forward(few, weight[part], bias[part], channel_axis=axis)
         assert np.moveaxis(y, axis, 0).tobytes() == whole[part].tobytes()
+
+
+def test_what_a_reduce_reads_at_a_time():
+    """Red with tiles that cut a cache line in two, tiles of which a thread gets none, or a slab taken for fetched that
+    nobody fetched.
+    """
+
+    def plan(op, family, outer, channels, inner, threads=1, **call):
+        machine = {"l2": 1 << 20, "l3": 32 << 20}
+        return _native.plan(op, "float32", family, outer, channels, inner, threads, machine=machine, **call)
+
+    for channels, inner in itertools.product([64, 512, 2048], [7, 49, 50, 196, 784, 3136]):
+        tile = plan("forward", "rows", 32, channels, inner)["tile"]
+        assert tile == 1 or tile * inner % 16 == 0
+    assert plan("forward", "cols", 1568, 2048, 1)["tile"] == 1024
+    for threads in (1, 2, 8, 64):
+        tile = plan("forward", "cols", 1568, 2048, 1, threads)["tile"]
+        strips = 2
+        assert tile % 16 == 0
+        assert strips * -(-2048 // tile) >= threads
+    short = ("rows", 32, 2048, 49)
+    assert plan("forward", *short)["warm"]
+    assert plan("backward", *short)["warm"]
+    assert not plan("backward", *short, gated=True)["warm"]
+    assert not plan("moments", *short)["warm"]
+    assert not plan("forward", "rows", 32, 64, 49)["warm"]
+    assert not plan("forward", "rows", 32, 2048, 784)["warm"]
 
 
 def test_past_the_cache(dtype, layout, rng):
