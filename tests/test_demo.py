@@ -38,7 +38,17 @@ def test_what_it_trains_prints_draws_and_serves(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--steps", 0), ("--data", "nowhere"), ("--seeds", -1), ("--seed", -1), ("--out", __file__)], ids=str
+    "arguments",
+    [
+        ("--steps", 0),
+        ("--data", "nowhere"),
+        ("--seeds", -1),
+        ("--seed", -1),
+        ("--out", __file__),
+        ("--out", Path(__file__) / "below"),
+        ("--out", "/dev/null/below"),
+    ],
+    ids=str,
 )
 def test_what_makes_no_sense_is_said(arguments, tmp_path):
     done = demo("--out", tmp_path / "figures", *arguments)
@@ -67,8 +77,47 @@ def test_of_all_studies_those_that_can_run(tmp_path):
     said = dict(re.findall(r"^python examples/paper (\w+): (.*)$", done.stderr, re.MULTILINE))
     assert len(said) == 10
     assert said["mnist"] == "nowhere: no such file or directory"
+    assert f"  mnist failed: {said['mnist']}" in done.stdout.splitlines()
+    assert len(re.findall(r"^  \w+ +failed +\d+$", done.stdout, re.MULTILINE)) == 10
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["contour.json", "contour.png"]
     assert re.search(r"^  contour +\d of 4 +\d+$", done.stdout, re.MULTILINE)
+
+
+def test_of_all_studies_any_error_stops_one(tmp_path):
+    """Red where only errors of some kinds are caught. Nothing is trained: all raise at once."""
+    lines = f"""
+import runpy, sys
+sys.path.insert(0, "examples")
+from paper import study
+def perform(module, *rest):
+    raise ZeroDivisionError(module.__name__)
+study.perform = perform
+sys.argv = ["examples/paper", "all", "--out", {str(tmp_path / "figures")!r}]
+runpy.run_path("examples/paper", run_name="__main__")
+"""
+    done = python("-c", lines)
+    assert done.returncode == 1
+    assert re.findall(r"^  (\w+) failed: paper\.\w+$", done.stdout, re.MULTILINE)[0] == "mnist"
+    assert len(re.findall(r"^  (\w+) +failed +\d+$", done.stdout, re.MULTILINE)) == 11
+    assert "line" in done.stderr  # of the traceback: this is nobody's input
+    assert not (tmp_path / "figures").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (("contour", "--data", "nope"), "data"),
+        (("gradients", "--steps", 7), "steps"),
+        (("whitening", "--paper"), "paper"),
+    ],
+)
+def test_an_option_without_a_use_is_refused(arguments, option, tmp_path):
+    done = python("examples/paper", *arguments, "--out", tmp_path)
+    assert done.returncode == 2
+    assert f"{arguments[0]} has no use for --{option}" in done.stderr
+    assert not list(tmp_path.iterdir())
+    listed = python("examples/paper", "list").stdout
+    assert re.search(rf"^{arguments[0]} .*\(without .*--{option}\b", listed, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

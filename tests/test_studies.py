@@ -6,11 +6,14 @@ without the extra `demo`, and the studies of convolutions without PyTorch.
 
 import contextlib
 import io
+import itertools
 import json
 import re
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import ClassVar
 
 import pytest
 
@@ -21,12 +24,22 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT / "examples") not in sys.path:
     sys.path.append(str(ROOT / "examples"))
 
-from paper.study import Settings, perform, studies  # noqa: E402
+from paper.study import Claim, Settings, perform, reserve, save, studies, without  # noqa: E402
 
 STUDIES = studies()
 GALLERY = ROOT / "docs" / "paper.md"
 
 every_study = pytest.mark.parametrize("name", STUDIES)
+
+
+class Watched(Settings):
+    """Notes which of the settings are asked for."""
+
+    asked: ClassVar[set[str]] = set()
+
+    def __getattribute__(self, name):
+        Watched.asked.add(name)
+        return super().__getattribute__(name)
 
 
 @every_study
@@ -39,8 +52,11 @@ def test_its_claims_hold_in_short(name, tmp_path):
             raise
         pytest.skip("needs PyTorch")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        claims = perform(study, Settings(seeds=(0,), short=True), tmp_path)
+        Watched.asked.clear()
+        claims = perform(study, Watched(seeds=(0,), short=True), tmp_path)
     assert claims
+    options = {"path": "data", "steps": "steps", "paper": "paper"}
+    assert {option for name, option in options.items() if name not in Watched.asked} == set(without(name))
     assert [str(claim) for claim in claims if not claim.holds and not claim.timing] == []
     assert study.TITLE in printed.getvalue()
     assert "Data: " in printed.getvalue()
@@ -57,6 +73,59 @@ def test_it_hangs_in_the_gallery(name):
     (section,) = re.findall(rf"^## {name}\n(.*?)(?=^## |\Z)", GALLERY.read_text(), re.MULTILINE | re.DOTALL)
     assert f"](paper/{name}.png)" in section
     assert (ROOT / "docs" / "paper" / f"{name}.png").stat().st_size < 120_000
+
+
+@pytest.mark.parametrize("value", [2.0, 0.5, float("nan")])
+def test_the_figure_says_what_the_run_showed(value, tmp_path):
+    """Red where the title of a figure is the same whether its claims hold or not."""
+    study, figures = ModuleType("paper.made_up"), []
+    study.TITLE, study.run = "All is well", lambda settings: settings.header("nothing", 1)
+    study.claims = lambda numbers: [Claim("It rises.", "times", [2.0, value], 1), Claim("It is.", "times", [2.0], 1)]
+    study.table = lambda numbers: (["a", "b"], [["c", 1]])
+    study.draw = lambda figure, numbers: figures.append(figure)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        perform(study, Settings(), tmp_path)
+    title, foot = figures[0].get_suptitle(), figures[0].get_supxlabel()
+    assert title in printed.getvalue()
+    if value > 1:
+        assert (title, "Did not hold" in foot) == ("All is well", False)
+    else:
+        assert title == "All is well?\nIn this run 1 of 2 claims did not hold"
+        assert foot.endswith("Did not hold: It rises.")
+
+
+def test_what_cannot_be_written_is_known_beforehand(tmp_path):
+    """And looking leaves nothing behind, neither folders nor files."""
+    reserve(tmp_path / "a" / "b", ["mnist.json"])
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("whole")
+    (tmp_path / "mnist.json").mkdir()
+    for out in (tmp_path / "file", tmp_path / "file" / "below", tmp_path):
+        with pytest.raises(ValueError, match="cannot write to .*" + ("mnist" if out == tmp_path else "file")):
+            reserve(out, ["mnist.json"])
+    reserve(tmp_path, ["file"])
+    assert (tmp_path / "file").read_text() == "whole"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_ticks_of_many_seeds_keep_apart(tmp_path):
+    """Red with a label for each."""
+    from paper import ensemble
+
+    of_size = [[0.1] * 6, [0.09] * 15, [0.08] * 20, [0.08] * 15, [0.08] * 6, [0.07]]
+    for count in (1, 3, 16, 40):
+        numbers = {"error": [of_size] * count, "loss": [of_size] * count, "seeds": list(range(5, 5 + count))}
+        drawn = []
+
+        def draw(figure, numbers, drawn=drawn):
+            ensemble.draw(figure, numbers)
+            drawn.append(figure)
+
+        save(draw, numbers, "title", "foot", tmp_path / "ensemble.png")
+        for axes in drawn[0].axes[:2]:
+            boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+            assert all(a.x1 + 2 < b.x0 for a, b in itertools.pairwise(boxes))
+            assert axes.get_xticklabels()[0].get_text() == "5"
 
 
 def test_they_are_in_the_order_of_the_page():

@@ -7,9 +7,12 @@ import contextlib
 import copy
 import io
 import sys
+import warnings
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 for module in ("matplotlib", "sklearn", "tqdm"):
@@ -19,6 +22,7 @@ EXAMPLES = str(Path(__file__).resolve().parent.parent / "examples")
 if EXAMPLES not in sys.path:
     sys.path.append(EXAMPLES)
 
+from paper.data import Dataset  # noqa: E402
 from paper.study import Settings, perform  # noqa: E402
 
 SCALES = [1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0]
@@ -148,6 +152,66 @@ def test_networks_that_hardly_learn_are_drawn(name, tmp_path):
     with contextlib.redirect_stdout(io.StringIO()):
         perform(import_module(f"paper.{name}"), Settings(steps=1, seeds=(0,), short=True), tmp_path)
     assert (tmp_path / f"{name}.png").exists()
+
+
+def images(train, test):
+    rng = np.random.default_rng(0)
+    x, y = rng.random((train + test, 1, 8, 8), np.float32), rng.integers(0, 10, train + test)
+    return Dataset("few", x[:train], y[:train], x[train:], y[train:], ("first.gz", "second.gz"))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("mnist", images(59, 60), "first.gz: at least 60 images to train on are needed, found 59"),
+        ("mnist", images(60, 59), "second.gz: at least 60 images to test on are needed, found 59"),
+        ("ensemble", images(60, 40), "second.gz: at least 1 images to test on are needed, found 0"),
+        ("ensemble", images(60, 10), "second.gz: at least 100 images to train on are needed, found 70"),
+        ("regularization", images(200, 100), "second.gz: at least 1 images to test on are needed, found 0"),
+        ("initialization", images(59, 2), "first.gz: at least 60 images to train on are needed, found 59"),
+        ("drift", images(59, 2), "first.gz: at least 60 images to train on are needed, found 59"),
+        ("small_batches", images(256, 255), "second.gz: at least 256 images to test on are needed, found 255"),
+        ("small_batches", images(255, 256), "first.gz: at least 256 images to train on are needed, found 255"),
+        ("whitening", images(170, 9), "first.gz: at least 171 images to train on are needed, found 170"),
+    ],
+)
+def test_too_few_images_are_refused_before_training(name, data, message, monkeypatch):
+    study = import_module(f"paper.{name}")
+    monkeypatch.setattr("paper.study.load", lambda path: data)
+    monkeypatch.setattr(study, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=message):
+        study.run(Settings(seeds=(0,)))
+
+
+def test_constant_images_are_refused_before_training(monkeypatch):
+    """Where nothing varies, or for `whitening` but one pixel, or what varies is left out of a seed's three quarters."""
+    study, data = import_module("paper.whitening"), images(200, 9)
+    constant = np.full_like(data.x_train, 0.5)
+    one = constant.copy()
+    one[:, 0, 0, 0] = data.x_train[:, 0, 0, 0]
+    last = constant.copy()
+    last[np.random.default_rng(0).permutation(200)[-1]] = 0
+    monkeypatch.setattr(study, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    for x, message in ((constant, "found 0 in 200"), (one, "found 1 in 200"), (last, "found 0 in 150")):
+        monkeypatch.setattr("paper.study.load", lambda path, x=x: replace(data, x_train=x))
+        with pytest.raises(ValueError, match=f"first.gz: at least 2 pixels must differ .* {message}"):
+            study.run(Settings(seeds=(0,)))
+
+
+def nothing(value):
+    """The same lists with zeros for numbers."""
+    if isinstance(value, dict):
+        return {key: item if key in ("at", "ratios", "scales") else nothing(item) for key, item in value.items()}
+    return [nothing(item) for item in value] if isinstance(value, list) else 0.0
+
+
+@pytest.mark.parametrize("name", SUPPORT)
+def test_nothing_follows_from_nothing(name):
+    """Every ratio is of zeros. Red with a division that raises or warns, as where a network never gets better."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        claims = import_module(f"paper.{name}").claims(nothing(SUPPORT[name]))
+    assert [str(claim) for claim in claims if claim.holds] == []
 
 
 @pytest.mark.parametrize("name", SUPPORT)

@@ -111,17 +111,19 @@ def test_every_form_of_mnist_becomes_images(write, mnist, tmp_path):
     ("place", "change", "message"),
     [
         (0, lambda a: a[0], r"expected images of unsigned bytes, .* found uint8 \(3, 2\)"),
-        (0, lambda a: a[:4], r"4 images, but labels of uint8 \(5,\)"),
-        (1, lambda a: a[:, None], r"5 images, but labels of uint8 \(5, 1\)"),
+        (0, lambda a: a[:4], r"labels of uint8 \(5,\) for 4 images"),
+        (0, lambda a: a[:, :0], "images without a pixel, 0 high and 2 wide"),
+        (1, lambda a: a[:, None], r"labels of uint8 \(5, 1\) for 5 images"),
         (1, lambda a: a + np.uint8(10), "labels are 0 to 9, found"),
-        (2, lambda a: a[:, :, :1], r"training images are \(1, 3, 2\), test images \(1, 3, 1\)"),
+        (2, lambda a: a[:, :, :1], r"images of \(1, 3, 1\), but those to train on, .* are \(1, 3, 2\)"),
     ],
 )
 @pytest.mark.parametrize("write", [idx_folder, npz])
 def test_wrong_contents_of_mnist_are_named(write, place, change, message, mnist, tmp_path):
     mnist[place] = change(mnist[place])
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         load(write(mnist, tmp_path))
+    assert (MNIST_FILES if write is idx_folder else KEYS)[place] in str(refused.value)
 
 
 def test_no_images_are_refused(tmp_path):
@@ -262,7 +264,7 @@ def test_the_folder_is_found_from_above_and_from_a_file(folder, tmp_path_factory
         ({"data": np.zeros((3, 3071), np.uint8)}, r"expected rows of 3072 bytes, found uint8 \(3, 3071\)"),
         ({"data": np.zeros((3, 3072), np.float32)}, "expected rows of 3072 bytes, found float32"),
         ({"data": np.zeros((0, 3072), np.uint8), "labels": np.zeros(0, int)}, "no images"),
-        ({"labels": [0, 1]}, "3 images, but labels"),
+        ({"labels": [0, 1]}, r"labels of int64 \(2,\) for 3 images"),
         ({"labels": [0, 1, 10]}, "labels are 0 to 9, found 0 to 10"),
         ({"labels": [0, 1, 0.5]}, "labels of float64"),
     ],
@@ -283,10 +285,19 @@ def test_every_cut_of_a_file_is_refused(folder):
             load(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps([1, 2]), pickle.dumps({b"data": 1})])
-def test_what_is_no_batch_is_refused(content, folder):
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", ""),
+        (b"no pickle", ""),
+        (pickle.dumps([1, 2]), "found a list"),
+        (pickle.dumps({b"data": 1}), r"found the keys \[b'data'\]"),
+        (pickle.dumps({"data": 1, "labels": 2}), r"keys b'data' and b'labels', .* found the keys \['data', 'labels'\]"),
+    ],
+)
+def test_what_is_no_batch_is_refused(content, found, folder):
     (folder / "test_batch").write_bytes(content)
-    with pytest.raises(ValueError, match="test_batch: not a readable CIFAR-10 batch"):
+    with pytest.raises(ValueError, match=f"test_batch: not a readable CIFAR-10 batch.*{found}"):
         load(folder)
 
 
@@ -316,11 +327,45 @@ def test_a_pickle_runs_no_code(protocol, folder, rng):
     assert not trace.exists()
 
 
+def test_the_set_is_that_of_the_file_named(folder, mnist):
+    """Both lie in one folder. Red where a file stands for whatever lies beside it."""
+    idx_folder(mnist, folder)
+    assert [load(folder / name).name for name in MNIST_FILES] == ["MNIST"] * 4
+    assert [load(folder / name).name for name in CIFAR_FILES] == ["CIFAR-10"] * 6
+    with pytest.raises(ValueError, match="found both MNIST and CIFAR-10; name a file"):
+        load(folder)
+    (folder / "train.csv").write_text("1,2")
+    with pytest.raises(ValueError, match=r"train\.csv: not a file of a known data set; MNIST is .* CIFAR-10"):
+        load(folder / "train.csv")
+
+
+def test_of_two_spellings_the_one_named_is_read(mnist, tmp_path):
+    idx_folder(mnist, tmp_path)
+    other = [255 - mnist[0], *mnist[1:]]
+    idx_gz(other, tmp_path)
+    for name, images in ((MNIST_FILES[0], mnist[0]), (f"{MNIST_FILES[0]}.gz", other[0])):
+        assert np.array_equal(load(tmp_path / name).x_train[:, 0], images / np.float32(255))
+
+
+def test_too_few_images_are_counted_and_their_file_named(mnist, tmp_path):
+    data = load(idx_folder(mnist, tmp_path))
+    data.require(train=5, test=4, varying=6)
+    for least, message in (
+        ({"train": 6}, f"{MNIST_FILES[0]}: at least 6 images to train on are needed, found 5"),
+        ({"test": 5}, f"{MNIST_FILES[2]}: at least 5 images to test on are needed, found 4"),
+        ({"varying": 7}, f"{MNIST_FILES[0]}: at least 7 pixels must differ between images, found 6"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.require(**least)
+    with pytest.raises(ValueError, match=f"{MNIST_FILES[0]} and .*{MNIST_FILES[2]}: at least 10 .* found 9"):
+        data.split(10).require(train=10)
+
+
 @pytest.mark.parametrize("name", [None, "train.csv"])
 def test_a_folder_of_neither_is_refused(name, tmp_path):
     if name:
         (tmp_path / name).write_text("1,2")
-    with pytest.raises(ValueError, match=r"found neither MNIST .* nor CIFAR-10"):
+    with pytest.raises(ValueError, match="found neither MNIST nor CIFAR-10; MNIST is"):
         load(tmp_path)
     with pytest.raises(ValueError, match="no such file or directory"):
         load(tmp_path / "absent")

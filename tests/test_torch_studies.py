@@ -88,6 +88,14 @@ def test_what_is_measured_before_training():
     assert four == pytest.approx(4 * one, rel=1e-5)
 
 
+@pytest.mark.parametrize(("study", "least"), [(cifar, 128), (gradients, 128), (inception, 32)])
+def test_too_few_images_are_refused_before_training(study, least, monkeypatch):
+    few = Settings().images().split(least - 1)
+    monkeypatch.setattr("paper.study.load", lambda path: few)
+    with pytest.raises(ValueError, match=f"at least {least} images to train on are needed, found {least - 1}"):
+        study.run(Settings(seeds=(0,)))
+
+
 def test_cifar_is_drawn_where_nothing_trains(tmp_path):
     perform(cifar, Settings(steps=1, seeds=(0,), short=True), tmp_path)
     assert (tmp_path / "cifar.png").exists()

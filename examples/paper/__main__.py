@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+import traceback
 from importlib import import_module
 from pathlib import Path
 
@@ -13,7 +14,7 @@ PROGRAM = "python examples/paper"
 EXTRA = 'the studies need what pip install ".[paper]" installs'
 
 try:
-    from paper.study import Settings, format_table, perform, studies
+    from paper.study import Settings, format_table, perform, reserve, studies, without
 except ImportError as error:
     sys.exit(f"{PROGRAM}: {error}; {EXTRA}")
 
@@ -24,7 +25,9 @@ def main() -> int:
     names = [*known, "all", "list"]
     parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument(
-        "--data", metavar="PATH", help="folder or npz of MNIST, or folder of CIFAR-10 (default: scikit-learn's digits)"
+        "--data",
+        metavar="PATH",
+        help="MNIST or CIFAR-10: the folder, an npz file, or any one of the files (default: scikit-learn's digits)",
     )
     parser.add_argument("--steps", type=int, metavar="N", help="training steps of each network")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="the first seed (default 0)")
@@ -45,32 +48,46 @@ def main() -> int:
     args = parser.parse_args()
     if args.name == "list":
         for name, subject in known.items():
-            print(f"{name:15} {subject}")
+            unused = ", ".join(f"--{option}" for option in without(name))
+            print(f"{name:15} {subject}" + (f" (without {unused})" if unused else ""))
         return 0
     count = args.seeds if args.seeds is not None else 1 if args.short else 3
     if count < 1 or (args.steps is not None and args.steps < 1):
         parser.error("--seeds and --steps must be at least 1")
     if args.seed < 0:
         parser.error("--seed must be at least 0")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out must be a folder, and {args.out} is none")
+    chosen = list(known)
+    if args.name != "all":
+        chosen = [args.name]
+        # Of all, each study takes what it has a use for.
+        for option in without(args.name):
+            if getattr(args, option):
+                parser.error(f"{args.name} has no use for --{option}")
+    try:
+        reserve(args.out, [f"{name}.{ending}" for name in chosen for ending in ("json", args.format)])
+    except ValueError as error:
+        parser.error(f"--out: {error}")
     settings = Settings(args.data, args.steps, tuple(range(args.seed, args.seed + count)), args.paper, args.short)
-    chosen = list(known) if args.name == "all" else [args.name]
-    rows = []
+    rows, failed = [], {}
     for name in chosen:
         start = time.perf_counter()
         try:
             claims = perform(import_module(f"paper.{name}"), settings, args.out, args.format)
-        except (ImportError, OSError, ValueError) as error:
-            # Of all of them, the others still run: one may need PyTorch.
-            missing = f"; {EXTRA}" if isinstance(error, ImportError) else ""
-            print(f"{PROGRAM} {name}: {error}{missing}", file=sys.stderr)
-            continue
-        held = f"{sum(claim.holds for claim in claims)} of {len(claims)}"
+            held = f"{sum(claim.holds for claim in claims)} of {len(claims)}"
+        except Exception as error:  # of all, the others still run, whatever is the matter with one
+            held, failed[name] = "failed", str(error) or type(error).__name__
+            if isinstance(error, ImportError):
+                failed[name] += f"; {EXTRA}"
+            elif not isinstance(error, OSError | ValueError):  # not the user's
+                traceback.print_exc()
+            print(f"{PROGRAM} {name}: {failed[name]}", file=sys.stderr)
         rows.append([name, held, f"{time.perf_counter() - start:.0f}"])
     if args.name == "all":
         print(f"\n{format_table(['study', 'claims that hold', 'seconds'], rows)}")
-    return 0 if len(rows) == len(chosen) else 1
+        for name, message in failed.items():
+            print(f"\n  {name} failed: {message}", end="")
+        print()
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from paper.convolution import Residual, convolutions, resnet, torch
 from paper.data import Dataset
-from paper.study import GREY, NORM, PLAIN, THIRD, Claim, Settings, band, progress
+from paper.study import GREY, NORM, PLAIN, THIRD, Claim, Settings, band, progress, ratios
 from paper.training import accuracy, cross_entropy, train
 
 TITLE = "Batch norm keeps a deep network in bounds, and lets it train at larger rates"
@@ -46,7 +46,7 @@ def _rms(tensor: torch.Tensor) -> float:
 
 def run(settings: Settings) -> dict[str, Any]:
     torch.set_num_threads(1)
-    images, steps = settings.images(), settings.count(STEPS, PAPER_STEPS, SHORT_STEPS)
+    images, steps = settings.images(train=BATCH), settings.count(STEPS, PAPER_STEPS, SHORT_STEPS)
     rates = SHORT_RATES if settings.short else RATES
     depth, width, batch = TRAINED_DEPTH, TRAINED_WIDTH, TRAINED_BATCH
     if settings.paper:
@@ -77,38 +77,35 @@ def largest(rates: list[float], reached: list[float]) -> float:
 
 
 def growth(outputs: list[float]) -> float:
-    return outputs[-1] / outputs[0]
+    return ratios(outputs[-1], outputs[0])
 
 
 def claims(numbers: dict[str, Any]) -> list[Claim]:
     plain, small, norm = (numbers[kind] for kind in KINDS)
 
-    def pairs(one: dict[str, Any], name: str) -> list[tuple[list[float], list[float]]]:
-        return list(zip(one[name], norm[name], strict=True))
-
     return [
         Claim(
             "From the first layer to the last, activations grow ten times as much without batch norm.",
             "times the growth",
-            [growth(a) / growth(b) for a, b in pairs(plain, "outputs")],
+            ratios(*([growth(outputs) for outputs in one["outputs"]] for one in (plain, norm))),
             10,
         ),
         Claim(
             "The gradients of the median layer are ten times as large without.",
             "times the root mean square",
-            [float(np.median(a) / np.median(b)) for a, b in pairs(plain, "gradients")],
+            ratios(*(np.median(one["gradients"], 1) for one in (plain, norm))),
             10,
         ),
         Claim(
             "Batch norm permits a larger rate, even beside the smaller weights.",
             "times the largest rate that trains",
-            [largest(numbers["rates"], b) / largest(numbers["rates"], a) for a, b in pairs(small, "accuracy")],
+            ratios(*([largest(numbers["rates"], reached) for reached in one["accuracy"]] for one in (norm, small))),
             1,
         ),
         Claim(
             "After as many steps, each at the best rate, the network with batch norm is more accurate.",
             "gain in accuracy",
-            [max(b) - max(a) for a, b in pairs(small, "accuracy")],
+            [max(b) - max(a) for a, b in zip(small["accuracy"], norm["accuracy"], strict=True)],
             0,
         ),
     ]
@@ -151,7 +148,7 @@ def draw(figure: Figure, numbers: dict[str, Any]) -> None:
     right.set(
         title=f"Trained for {numbers['steps']} steps, {numbers['depth']} layers",
         xlabel="learning rate",
-        ylabel="test accuracy",
+        ylabel="test accuracy (fraction correct)",
         xscale="log",
         ylim=(0, 1.02),
     )

@@ -8,11 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from paper.data import Dataset
 from paper.perceptron import Linear, Network
-from paper.study import GREY, NORM, PLAIN, Claim, Settings, band, progress, steps_to
+from paper.study import GREY, NORM, PLAIN, Claim, Settings, band, progress, ratios, steps_to
 from paper.training import squared_error, train
 
 import fastbn
 
+WITHOUT = ("data", "paper")
 TITLE = "Inputs of unequal scale make SGD zig-zag; normalized, it goes straight"
 STEPS, SHORT_STEPS = 1000, 300
 ROWS, BATCH = 2048, 256
@@ -129,34 +130,32 @@ def _shown(numbers: dict[str, Any], kind: str, key: str) -> np.ndarray:
     return np.asarray(numbers[kind][key])[:, list(numbers["ratios"]).index(SHOWN)]
 
 
-# Where neither arrives, the ratio of their steps is not a number, and the claim does not hold.
-@np.errstate(invalid="ignore")
 def claims(numbers: dict[str, Any]) -> list[Claim]:
     plain, norm = numbers["plain"], numbers["norm"]
-    slower = [np.asarray(found["steps"])[:, -1] / np.asarray(found["steps"])[:, 0] for found in (plain, norm)]
+    slower = [ratios(*np.asarray(found["steps"])[:, [-1, 0]].T) for found in (plain, norm)]
     return [
         Claim(
             "Normalizing makes the narrow valley of the loss round.",
             "times smaller condition number",
-            (_shown(numbers, "plain", "condition") / _shown(numbers, "norm", "condition")).tolist(),
+            ratios(*(_shown(numbers, kind, "condition") for kind in KINDS)),
             10,
         ),
         Claim(
             "SGD at its best rate gets there in fewer steps.",
             "times fewer steps",
-            (_shown(numbers, "plain", "steps") / _shown(numbers, "norm", "steps")).tolist(),
+            ratios(*(_shown(numbers, kind, "steps") for kind in KINDS)),
             2,
         ),
         Claim(
             "It zig-zags less.",
             "times shorter detour",
-            [p / n for p, n in zip(plain["detour"], norm["detour"], strict=True)],
+            ratios(plain["detour"], norm["detour"]),
             1,
         ),
         Claim(
             "The more the scales differ the slower it is without, but not with normalization.",
             "times the slowdown",
-            (slower[0] / slower[1]).tolist(),
+            ratios(*slower),
             2,
         ),
     ]

@@ -3,9 +3,10 @@
 import gzip
 import io
 import pickle
+import reprlib
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ import numpy as np
 CLASSES = 10
 MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 CIFAR_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+KNOWN = (
+    f"MNIST is {MNIST_FILES[0]}[.gz] and its three siblings, or an .npz file, "
+    f"and CIFAR-10 for Python {CIFAR_FILES[0]} and its siblings"
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class Dataset:
     y_train: np.ndarray
     x_test: np.ndarray
     y_test: np.ndarray
+    # Where the images to train on and those to test on came from, for messages.
+    sources: tuple[str, str] = ("images to train on", "images to test on")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -32,38 +39,65 @@ class Dataset:
 
     def flat(self) -> "Dataset":
         """The same images as rows of pixels, for the perceptrons."""
-        rows = (x.reshape(len(x), -1) for x in (self.x_train, self.x_test))
-        x_train, x_test = rows
-        return Dataset(self.name, x_train, self.y_train, x_test, self.y_test)
+        x_train, x_test = (x.reshape(len(x), -1) for x in (self.x_train, self.x_test))
+        return replace(self, x_train=x_train, x_test=x_test)
 
     def split(self, count: int) -> "Dataset":
         """The first `count` images to train on, and all others to test on."""
         x, y = np.concatenate([self.x_train, self.x_test]), np.concatenate([self.y_train, self.y_test])
         name = f"{self.name}, {count} images to train on and {len(x) - count} to test on"
-        return Dataset(name, x[:count], y[:count], x[count:], y[count:])
+        return Dataset(
+            name, x[:count], y[:count], x[count:], y[count:], (" and ".join(dict.fromkeys(self.sources)),) * 2
+        )
+
+    def require(self, train: int = 2, test: int = 1, varying: int = 1) -> None:
+        """Raise ValueError for fewer images than this, or fewer pixels that differ between those to train on.
+
+        The least to train on is 2 because one value has no variance.
+        """
+        for source, x, least, use in zip(
+            self.sources, (self.x_train, self.x_test), (train, test), ("train", "test"), strict=True
+        ):
+            if len(x) < least:
+                raise ValueError(f"{source}: at least {least} images to {use} on are needed, found {len(x)}")
+        vary = int(np.any(self.x_train != self.x_train[0], 0).sum())
+        if vary < varying:
+            raise ValueError(
+                f"{self.sources[0]}: at least {varying} pixels must differ between images, "
+                f"found {vary} in {len(self.x_train)} images to train on"
+            )
 
 
 def load(path: str | Path | None = None) -> Dataset:
-    """Load the user's files at `path`, or scikit-learn's handwritten digits."""
+    """Load the user's files, or scikit-learn's handwritten digits.
+
+    `path` is a folder that holds MNIST or CIFAR-10, an npz file of MNIST, or any one file of a set, which stands for
+    the set that it belongs to.
+    """
     if path is None:
         return digits()
     path = Path(path)
     if path.suffix == ".npz":
         return mnist_npz(path)
     if path.is_file():
-        path = path.parent
+        if path.name in CIFAR_FILES:
+            return cifar10(path.parent)
+        if any(path.name in _spellings(name) for name in MNIST_FILES):
+            return mnist_idx(path.parent, path)
+        raise ValueError(f"{path}: not a file of a known data set; {KNOWN}")
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or directory")
-    if (path / "cifar-10-batches-py").is_dir():
-        path = path / "cifar-10-batches-py"
-    if any((path / name).exists() for name in CIFAR_FILES):
-        return cifar10(path)
-    if any(_idx_path(path, name) for name in MNIST_FILES):
+    inner = path / "cifar-10-batches-py"
+    batches = inner if inner.is_dir() else path
+    is_cifar = any((batches / name).exists() for name in CIFAR_FILES)
+    is_mnist = any(_idx_path(path, name) for name in MNIST_FILES)
+    if is_cifar and is_mnist:
+        raise ValueError(f"{path}: found both MNIST and CIFAR-10; name a file of the one that is meant")
+    if is_cifar:
+        return cifar10(batches)
+    if is_mnist:
         return mnist_idx(path)
-    raise ValueError(
-        f"{path}: found neither MNIST ({MNIST_FILES[0]}[.gz] and its three siblings, or an .npz file) "
-        f"nor CIFAR-10 for Python ({CIFAR_FILES[0]} and its siblings)"
-    )
+    raise ValueError(f"{path}: found neither MNIST nor CIFAR-10; {KNOWN}")
 
 
 def digits() -> Dataset:
@@ -76,16 +110,15 @@ def digits() -> Dataset:
     return _dataset("scikit-learn digits (8×8)", images[450:], labels[450:], images[:450], labels[:450])
 
 
-def mnist_idx(folder: Path) -> Dataset:
-    """MNIST as its four IDX files, each of them plain or gzipped."""
-    arrays = []
+def mnist_idx(folder: Path, named: Path | None = None) -> Dataset:
+    """MNIST as its four IDX files, plain or gzipped; of two spellings of one file, the named one counts."""
+    paths = []
     for name in MNIST_FILES:
-        path = _idx_path(folder, name)
+        path = named if named is not None and named.name in _spellings(name) else _idx_path(folder, name)
         if path is None:
-            raise ValueError(f"{folder}: {name}[.gz] is missing")
-        arrays.append(read_idx(path))
-    x_train, y_train, x_test, y_test = arrays
-    return _dataset("MNIST", *_greyscale(folder, x_train, y_train), *_greyscale(folder, x_test, y_test))
+            raise ValueError(f"{folder / name}[.gz] is missing")
+        paths.append(str(path))
+    return _mnist(paths, [read_idx(Path(path)) for path in paths])
 
 
 def mnist_npz(path: Path) -> Dataset:
@@ -97,17 +130,18 @@ def mnist_npz(path: Path) -> Dataset:
             missing = [key for key in keys if key not in file.files]
             if missing:
                 raise ValueError(f"expected the arrays {', '.join(keys)}; {', '.join(missing)} missing")
-            x_train, y_train, x_test, y_test = (file[key] for key in keys)
+            arrays = [file[key] for key in keys]
     except Exception as error:  # a damaged archive can raise anything
         raise ValueError(f"{path}: not a readable MNIST npz file: {error}") from error
-    return _dataset("MNIST", *_greyscale(path, x_train, y_train), *_greyscale(path, x_test, y_test))
+    return _mnist([f"{path}, {key}" for key in keys], arrays)
 
 
 def cifar10(folder: Path) -> Dataset:
     """CIFAR-10 as the six pickled batches of its Python version."""
     batches = [_cifar_batch(folder / name) for name in CIFAR_FILES]
     x_train, y_train = (np.concatenate(parts) for parts in zip(*batches[:-1], strict=True))
-    return _dataset("CIFAR-10", x_train, y_train, *batches[-1])
+    sources = f"{folder / CIFAR_FILES[0]} to {CIFAR_FILES[-2][-1]}", str(folder / CIFAR_FILES[-1])
+    return _dataset("CIFAR-10", x_train, y_train, *batches[-1], sources)
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -153,45 +187,71 @@ class _ArraysOnly(pickle.Unpickler):
 def _cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         batch = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        if not isinstance(batch, dict) or not {b"data", b"labels"} <= batch.keys():
+            what = f"the keys {reprlib.repr(list(batch))}" if isinstance(batch, dict) else f"a {type(batch).__name__}"
+            raise ValueError(f"expected a dict with the keys b'data' and b'labels', as bytes, found {what}")
         images, labels = np.asarray(batch[b"data"]), np.asarray(batch[b"labels"])
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"{path}: not a readable CIFAR-10 batch: {error}") from error
     if images.ndim != 2 or images.shape[1] != 3072 or images.dtype != np.uint8:
         raise ValueError(f"{path}: expected rows of 3072 bytes, found {images.dtype} {images.shape}")
-    _check_labels(path, images, labels)
+    _check_labels(str(path), str(path), images, labels)
     return images.reshape(-1, 3, 32, 32) / np.float32(255), labels
 
 
-def _greyscale(path: Path, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if images.ndim != 3 or images.dtype != np.uint8:
-        raise ValueError(
-            f"{path}: expected images of unsigned bytes, (count, height, width), found {images.dtype} {images.shape}"
-        )
-    _check_labels(path, images, labels)
-    return images[:, None] / np.float32(255), labels
+def _mnist(sources: list[str], arrays: list[np.ndarray]) -> Dataset:
+    """From the images and labels to train on and those to test on; `sources` are the names of the four."""
+    parts = []
+    for place in (0, 2):
+        source, images, labels = sources[place], arrays[place], arrays[place + 1]
+        if images.ndim != 3 or images.dtype != np.uint8:
+            raise ValueError(
+                f"{source}: expected images of unsigned bytes, (count, height, width), "
+                f"found {images.dtype} {images.shape}"
+            )
+        _check_labels(source, sources[place + 1], images, labels)
+        if 0 in images.shape:
+            raise ValueError(f"{source}: images without a pixel, {images.shape[1]} high and {images.shape[2]} wide")
+        parts += [images[:, None] / np.float32(255), labels]
+    return _dataset("MNIST", *parts, (sources[0], sources[2]))
 
 
-def _check_labels(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+def _check_labels(source: str, of_labels: str, images: np.ndarray, labels: np.ndarray) -> None:
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-        raise ValueError(f"{path}: {len(images)} images, but labels of {labels.dtype} {labels.shape}")
+        raise ValueError(f"{of_labels}: labels of {labels.dtype} {labels.shape} for {len(images)} images of {source}")
     if not len(labels):
-        raise ValueError(f"{path}: no images")
+        raise ValueError(f"{source}: no images")
     if labels.min() < 0 or labels.max() >= CLASSES:
-        raise ValueError(f"{path}: labels are 0 to {CLASSES - 1}, found {labels.min()} to {labels.max()}")
+        raise ValueError(f"{of_labels}: labels are 0 to {CLASSES - 1}, found {labels.min()} to {labels.max()}")
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    """What an IDX file of MNIST is called: plain or gzipped, and as some archives unpack."""
+    return name, name + ".gz", name.replace("-idx", ".idx"), name.replace("-idx", ".idx") + ".gz"
 
 
 def _idx_path(folder: Path, name: str) -> Path | None:
-    spellings = (name, name + ".gz", name.replace("-idx", ".idx"), name.replace("-idx", ".idx") + ".gz")
-    return next((folder / spelling for spelling in spellings if (folder / spelling).is_file()), None)
+    return next((folder / one for one in _spellings(name) if (folder / one).is_file()), None)
 
 
-def _dataset(name: str, x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> Dataset:
+def _dataset(
+    name: str,
+    x_train: np.ndarray,
+    y_train: np.ndarray,
+    x_test: np.ndarray,
+    y_test: np.ndarray,
+    sources: tuple[str, str] = ("the digits to train on", "the digits to test on"),
+) -> Dataset:
     if x_train.shape[1:] != x_test.shape[1:]:
-        raise ValueError(f"{name}: training images are {x_train.shape[1:]}, test images {x_test.shape[1:]}")
+        raise ValueError(
+            f"{sources[1]}: images of {x_test.shape[1:]}, but those to train on, "
+            f"of {sources[0]}, are {x_train.shape[1:]}"
+        )
     return Dataset(
         name,
         np.ascontiguousarray(x_train, np.float32),
         y_train.astype(np.int64),
         np.ascontiguousarray(x_test, np.float32),
         y_test.astype(np.int64),
+        sources,
     )

@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from paper.perceptron import perceptron
-from paper.study import FIFTH, GREY, NORM, PLAIN, THIRD, Claim, Settings, band, progress
+from paper.study import FIFTH, GREY, NORM, PLAIN, THIRD, Claim, Settings, band, progress, ratios
 from paper.training import cross_entropy, predict, train
 
 TITLE = "Six batch-normalized networks together beat the best of them"
 STEPS, PAPER_STEPS = 500, 50_000
 # Few images, so that there are errors left to correct, and many to count them on.
 TRAINING = 100
-RATE = 0.1
+RATE, BATCH = 0.1, 60
 # As in the paper, members differ in the scale of their first weights and in dropout, beside their random numbers.
 SCALES, DROPOUTS = {"o": 0.07, "^": 0.1}, {PLAIN: 0.0, FIFTH: 0.05, THIRD: 0.1}
 MEMBERS = [(scale, dropout) for scale in SCALES.values() for dropout in DROPOUTS.values()]
@@ -32,9 +32,8 @@ def scores(members: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    steps, images = settings.count(STEPS, PAPER_STEPS), settings.images().flat()
-    if not settings.paper:
-        images = images.split(TRAINING)
+    steps = settings.count(STEPS, PAPER_STEPS)
+    images = settings.images(train=BATCH, split=None if settings.paper else TRAINING).flat()
     numbers: dict[str, Any] = settings.header(images, steps) | {"members": MEMBERS, "error": [], "loss": []}
     with progress(len(MEMBERS) * len(settings.seeds) * steps, "ensemble") as tick:
         for seed in settings.seeds:
@@ -43,7 +42,7 @@ def run(settings: Settings) -> dict[str, Any]:
                 rng = np.random.default_rng((seed, place))
                 inputs = images.x_train.shape[1]
                 network = perceptron(inputs, rng, norm=True, scale=scale, dropout=dropout, nonlinearity="relu")
-                train(network, images, rng, steps=steps, rate=RATE, tick=tick)
+                train(network, images, rng, steps=steps, rate=RATE, batch=BATCH, tick=tick)
                 found.append(probabilities(predict(network, images.x_test)))
             # Every ensemble of one member, of two, ... of all: of one are the members, of all is the paper's ensemble.
             of_size = [
@@ -60,7 +59,7 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
         Claim(
             f"The ensemble {what} than its best member, chosen in hindsight.",
             quantity,
-            [min(of_size[0]) / max(of_size[-1][0], 1e-12) for of_size in numbers[key]],
+            ratios([min(of_size[0]) for of_size in numbers[key]], [of_size[-1][0] for of_size in numbers[key]]),
             1,
         )
         for key, what, quantity in (
@@ -85,6 +84,7 @@ def table(numbers: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
 def draw(figure: Figure, numbers: dict[str, Any]) -> None:
     figure.set_size_inches(10.5, 4.4)
     *points, size = figure.subplots(1, 3)
+    seeds = len(numbers["seeds"])
     for axes, key, factor, title, unit in (
         (points[0], "error", 100, "Test error", "error (% of test images)"),
         (points[1], "loss", 1, "Test loss", "cross-entropy (nats)"),
@@ -93,10 +93,11 @@ def draw(figure: Figure, numbers: dict[str, Any]) -> None:
             for member, value in enumerate(of_size[0]):
                 marker, color = list(SCALES)[member // len(DROPOUTS)], list(DROPOUTS)[member % len(DROPOUTS)]
                 spread = (member - (len(of_size[0]) - 1) / 2) * 0.1
-                axes.plot(place + spread, factor * value, marker, color=color, markersize=6, alpha=0.9)
+                axes.plot(place + spread, factor * value, marker, color=color, markersize=min(6, 36 / seeds), alpha=0.9)
             axes.hlines(factor * of_size[-1][0], place - 0.38, place + 0.38, color=NORM, linewidth=3)
-        axes.set(title=title, xlabel="seed", ylabel=unit, xticks=range(len(numbers["seeds"])))
-        axes.set_xticklabels(map(str, numbers["seeds"]))
+        axes.set(title=title, xlabel="seed", ylabel=unit)
+        apart = -(-seeds // 8)  # what a panel has room for
+        axes.set_xticks(range(0, seeds, apart), list(map(str, numbers["seeds"][::apart])))
         axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
         axes.grid(axis="x", visible=False)
     handles = [points[0].plot([], [], color=NORM, linewidth=3, label="ensemble of all six")[0]]
@@ -107,7 +108,5 @@ def draw(figure: Figure, numbers: dict[str, Any]) -> None:
     points[1].legend(handles=handles, loc="lower left", fontsize=8)
     means = [[100 * np.mean(ensembles) for ensembles in of_size] for of_size in numbers["error"]]
     band(size, range(1, len(means[0]) + 1), means, NORM, marker="o", markersize=4)
-    size.set(
-        title="Every further member helps less", xlabel="networks in the ensemble", ylabel="error (% of test images)"
-    )
+    size.set(title="Test error by size", xlabel="networks in the ensemble", ylabel="error (% of test images)")
     size.set_ylim(0, 1.12 * size.get_ylim()[1])

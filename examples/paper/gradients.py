@@ -6,9 +6,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from paper.convolution import convolutions, resnet, torch
 from paper.data import Dataset
-from paper.study import GREY, NORM, PLAIN, Claim, Settings, band, progress
+from paper.study import GREY, NORM, PLAIN, Claim, Settings, band, progress, ratios
 from paper.training import cross_entropy
 
+WITHOUT = ("steps", "paper")
 TITLE = "Batch norm keeps the gradients of a deep network together; without it they have heavy tails"
 DEPTH, LAYER, BATCH, SHORT_BATCH = 110, 55, 128, 32
 KINDS = {"plain": (False, PLAIN, "without batch norm"), "norm": (True, NORM, "with batch norm")}
@@ -44,7 +45,7 @@ def describe(gradients: np.ndarray) -> dict[str, Any]:
 
 def run(settings: Settings) -> dict[str, Any]:
     torch.set_num_threads(1)
-    images = settings.images()
+    images = settings.images(train=BATCH)
     numbers: dict[str, Any] = settings.header(images, 0)
     numbers["note"] = f"Left, middle: seed {settings.seeds[0]}. Right: {settings.spread}."
     with progress(2 * len(settings.seeds), "gradients") as tick:
@@ -58,18 +59,18 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def claims(numbers: dict[str, Any]) -> list[Claim]:
-    def ratios(name: str) -> list[float]:
-        return [plain[name] / norm[name] for plain, norm in zip(numbers["plain"], numbers["norm"], strict=True)]
+    def times(name: str) -> list[float]:
+        return ratios(*([one[name] for one in numbers[kind]] for kind in KINDS))
 
     return [
-        Claim("Without batch norm the gradients have heavier tails.", "times the kurtosis", ratios("kurtosis"), 1),
+        Claim("Without batch norm the gradients have heavier tails.", "times the kurtosis", times("kurtosis"), 1),
         Claim(
             "Counted in deviations, the rarest thousandth lies further out without batch norm.",
             "times as far",
-            ratios("quantile"),
+            times("quantile"),
             1,
         ),
-        Claim("The gradients are larger without batch norm.", "times the deviation", ratios("deviation"), 1),
+        Claim("The gradients are larger without batch norm.", "times the deviation", times("deviation"), 1),
     ]
 
 

@@ -20,6 +20,7 @@ from paper.study import (
     band,
     progress,
     steps_to,
+    times_fewer,
 )
 from paper.training import accuracy, evaluation_steps, train
 
@@ -90,7 +91,7 @@ def learn(images: Dataset, seed: int, recipe: Recipe, steps: int, at: list[int],
 
 def run(settings: Settings) -> dict[str, Any]:
     torch.set_num_threads(1)
-    images, steps = settings.images(), settings.count(STEPS, PAPER_STEPS, SHORT_STEPS)
+    images, steps = settings.images(train=BATCH), settings.count(STEPS, PAPER_STEPS, SHORT_STEPS)
     at = evaluation_steps(steps, 12 if settings.short else 20)
     numbers: dict[str, Any] = settings.header(images, steps) | {"rate": RATE, "at": at}
     with progress(len(RECIPES) * len(settings.seeds) * steps, "inception") as tick:
@@ -106,10 +107,8 @@ def reached(numbers: dict[str, Any], name: str, mark: str) -> list[float]:
 
 
 def fewer(numbers: dict[str, Any], name: str) -> list[float]:
-    """How many times fewer steps than the Baseline it takes to the Baseline's best; 0 if it never gets there."""
-    pairs = zip(reached(numbers, name, "plain"), reached(numbers, "plain", "plain"), strict=True)
-    # A mark that is met before the first step says nothing of training.
-    return [slow / fast if 0 < fast < float("inf") else 0.0 for fast, slow in pairs]
+    """How many times fewer steps than the Baseline it takes to the Baseline's best."""
+    return times_fewer(reached(numbers, "plain", "plain"), reached(numbers, name, "plain"))
 
 
 def claims(numbers: dict[str, Any]) -> list[Claim]:
@@ -175,6 +174,6 @@ def draw(figure: Figure, numbers: dict[str, Any]) -> None:
         best = float(np.median([max(curve) for curve in numbers["plain"]]))
         axes.axhline(best, color="black", linewidth=0.8, linestyle=(0, (1, 2)), label="the Baseline's best")
         axes.set(title=title, xlabel="training steps", ylim=(0, 1.02), xlim=(0, numbers["steps"]))
-    figure.axes[0].set_ylabel("test accuracy")
+    figure.axes[0].set_ylabel("test accuracy (fraction correct)")
     found = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(found.values(), found.keys(), loc="outside right center")

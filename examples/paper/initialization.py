@@ -14,7 +14,7 @@ STEPS, PAPER_STEPS, SHORT_STEPS = 500, 50_000, 300
 # Standard deviations of the hidden weights, half a decade apart; the output layer keeps that of study 1.
 SCALES = [float(f"{10 ** (k / 2):.2g}") for k in range(-8, 4)]
 OUTPUT_SCALE = 0.1
-TRAINS = 0.9
+TRAINS, BATCH = 0.9, 60
 KINDS = {"plain": (False, PLAIN, "without batch norm", "--"), "norm": (True, NORM, "with batch norm", "-")}
 RATES = {"sigmoid": 0.5, "relu": 0.1}
 NAMES = {"sigmoid": "Sigmoid", "relu": "ReLU"}
@@ -39,7 +39,7 @@ def arriving(network: Network, images: Dataset, count: int = 1000) -> float:
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    images, steps = settings.images().flat(), settings.count(STEPS, PAPER_STEPS, SHORT_STEPS)
+    images, steps = settings.images(train=BATCH).flat(), settings.count(STEPS, PAPER_STEPS, SHORT_STEPS)
     scales = SCALES[::2] if settings.short else SCALES
     inputs = images.x_train.shape[1]
     numbers: dict[str, Any] = settings.header(images, steps) | {"scales": scales}
@@ -55,7 +55,8 @@ def run(settings: Settings) -> dict[str, Any]:
                         with np.errstate(over="ignore", invalid="ignore"):
                             gradient = arriving(scaled(inputs, seed, norm, nonlinearity, scale), images)
                             network = scaled(inputs, seed, norm, nonlinearity, scale)
-                            train(network, images, np.random.default_rng(seed), steps=steps, rate=rate, tick=tick)
+                            order = np.random.default_rng(seed)
+                            train(network, images, order, steps=steps, rate=rate, batch=BATCH, tick=tick)
                             logits = predict(network, images.x_test)
                             loss, _ = cross_entropy(logits, images.y_test)
                         row["accuracy"].append(float(np.mean(logits.argmax(1) == images.y_test)))

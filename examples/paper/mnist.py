@@ -8,14 +8,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from paper.data import Dataset
 from paper.perceptron import Network, perceptron
-from paper.study import NORM, PLAIN, Claim, Settings, band, format_table, progress, steps_to
+from paper.study import NORM, PLAIN, Claim, Settings, band, format_table, progress, ratios, steps_to, times_fewer
 from paper.training import evaluation_steps, predict, train
 
 import fastbn
 
 TITLE = "Batch norm trains the sigmoid perceptron sooner, on steadier activations"
 STEPS, PAPER_STEPS, SHORT_STEPS = 5000, 50_000, 300
-RATE = 0.5
+RATE, BATCH = 0.5, 60
 PERCENTILES = (15, 50, 85)
 KINDS = {"plain": (False, PLAIN, "without batch norm"), "norm": (True, NORM, "with batch norm")}
 
@@ -34,13 +34,14 @@ def fit(
         network.train()
         return float(np.mean(logits.argmax(1) == images.y_test)), np.percentile(entering, PERCENTILES).tolist()
 
-    looks = train(network, images, rng, steps=steps, rate=rate, look=look, look_at=evaluation_steps(steps), tick=tick)
+    at = evaluation_steps(steps)
+    looks = train(network, images, rng, steps=steps, rate=rate, batch=BATCH, look=look, look_at=at, tick=tick)
     accuracies, percentiles = zip(*looks, strict=True)
     return network, list(accuracies), list(percentiles)
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    images, steps = settings.images().flat(), settings.count(STEPS, PAPER_STEPS, SHORT_STEPS)
+    images, steps = settings.images(train=BATCH, test=BATCH).flat(), settings.count(STEPS, PAPER_STEPS, SHORT_STEPS)
     numbers: dict[str, Any] = settings.header(images, steps) | {"at": evaluation_steps(steps)}
     numbers["note"] = f"Left: {settings.spread}. Right: seed {settings.seeds[0]}."
     with progress(2 * len(settings.seeds) * steps, "mnist") as tick:
@@ -63,7 +64,7 @@ def serve(network: Network, x: np.ndarray, rounds: int = 300) -> list[dict[str, 
         "fastbn": network.with_norms(fastbn.BatchNorm.freeze),
     }
     found = []
-    for batch in (1, 60):
+    for batch in (1, BATCH):
         samples = np.ascontiguousarray(x[:batch])
         times: dict[str, list[float]] = {name: [] for name in networks}
         for _ in range(rounds):  # in turns, so that a disturbance hits both
@@ -89,16 +90,16 @@ def epilogue(numbers: dict[str, Any]) -> str:
 def wander(percentiles: Any) -> float:
     """How far the median input strays over training, in units of the final distance between the outer percentiles."""
     low, middle, high = np.asarray(percentiles).T
-    return float((middle.max() - middle.min()) / (high[-1] - low[-1]))
+    return ratios(np.ptp(middle), high[-1] - low[-1])
 
 
 def claims(numbers: dict[str, Any]) -> list[Claim]:
     plain, norm = (numbers[kind]["accuracy"] for kind in KINDS)
-    sooner = [
-        steps_to(numbers["at"], p, max(p)) / steps_to(numbers["at"], n, max(p))
-        for p, n in zip(plain, norm, strict=True)
-    ]
-    calmer = [wander(p) / wander(n) for p, n in zip(*(numbers[kind]["percentiles"] for kind in KINDS), strict=True)]
+    marks = [max(curve) for curve in plain]
+    sooner = times_fewer(
+        *([steps_to(numbers["at"], *pair) for pair in zip(curves, marks, strict=True)] for curves in (plain, norm))
+    )
+    calmer = ratios(*([wander(p) for p in numbers[kind]["percentiles"]] for kind in KINDS))
     return [
         Claim(
             "With batch norm the plain network's best accuracy is reached in fewer steps.",

@@ -6,14 +6,28 @@ import numpy as np
 from matplotlib.figure import Figure
 from paper.data import Dataset
 from paper.perceptron import Network, perceptron
-from paper.study import FOURTH, NORM, PLAIN, THIRD, Claim, Settings, band, bars, number, progress, steps_to
+from paper.study import (
+    FOURTH,
+    NORM,
+    PLAIN,
+    THIRD,
+    Claim,
+    Settings,
+    band,
+    bars,
+    number,
+    progress,
+    ratios,
+    steps_to,
+    times_fewer,
+)
 from paper.training import cross_entropy, evaluation_steps, predict, train
 
 TITLE = "Batch norm regularizes: less is left for dropout to do"
 STEPS, PAPER_STEPS, SHORT_STEPS = 1000, 50_000, 1000
 # So few images that a perceptron of this size learns them by heart.
 TRAINING = 300
-RATE, DROPOUT = 0.1, 0.2
+RATE, BATCH, DROPOUT = 0.1, 60, 0.2
 KINDS: dict[str, tuple[bool, float, str, str, str]] = {
     "none": (False, 0.0, PLAIN, "--", "neither"),
     "dropout": (False, DROPOUT, FOURTH, ":", "dropout"),
@@ -32,9 +46,8 @@ def scores(network: Network, images: Dataset) -> tuple[float, float, float, floa
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    images, steps = settings.images().flat(), settings.count(STEPS, PAPER_STEPS, SHORT_STEPS)
-    if not settings.paper:
-        images = images.split(TRAINING)
+    steps = settings.count(STEPS, PAPER_STEPS, SHORT_STEPS)
+    images = settings.images(train=BATCH, split=None if settings.paper else TRAINING).flat()
     at = evaluation_steps(steps, 25)
     numbers: dict[str, Any] = settings.header(images, steps) | {"at": at}
     numbers["note"] = f"All in inference mode; dropout drops {DROPOUT:.0%}. Bars and curves: {settings.spread}."
@@ -48,7 +61,9 @@ def run(settings: Settings) -> dict[str, Any]:
                 def look(_: int, network: Network = network) -> tuple[float, float, float, float]:
                     return scores(network, images)
 
-                looks = train(network, images, rng, steps=steps, rate=RATE, look=look, look_at=at, tick=tick)
+                looks = train(
+                    network, images, rng, steps=steps, rate=RATE, batch=BATCH, look=look, look_at=at, tick=tick
+                )
                 for key, curve in zip(found, zip(*looks, strict=True), strict=True):
                     found[key].append(curve)
     return numbers
@@ -75,7 +90,7 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
         Claim(
             "With batch norm the gap between test and training loss is smaller.",
             "times smaller",
-            (gap(numbers, "none") / gap(numbers, "norm")).tolist(),
+            ratios(gap(numbers, "none"), gap(numbers, "norm")),
             1,
         ),
         Claim(
@@ -87,10 +102,7 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
         Claim(
             "And it gets to the test loss that the network ends at with neither sooner than dropout does.",
             "times fewer steps",
-            [
-                slow / max(fast, 1)
-                for slow, fast in zip(arrival(numbers, "dropout"), arrival(numbers, "norm"), strict=True)
-            ],
+            times_fewer(arrival(numbers, "dropout"), arrival(numbers, "norm")),
             1,
         ),
         Claim(

@@ -8,11 +8,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from paper.data import Dataset
 from paper.perceptron import perceptron
-from paper.study import FIFTH, GREY, NORM, PLAIN, THIRD, Claim, Settings, band, progress
+from paper.study import FIFTH, GREY, NORM, PLAIN, THIRD, Claim, Settings, band, progress, ratios
 from paper.training import accuracy, batches, train
 
 import fastbn
 
+WITHOUT = ("paper",)
 TITLE = "The smaller the batch, the further inference is from training"
 STEPS, SHORT_STEPS = 1000, 200
 RATE = 0.1
@@ -51,7 +52,7 @@ def _as_trained(network: Any, images: Dataset, size: int) -> float:
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    images, steps = settings.images().flat(), settings.count(STEPS, None, SHORT_STEPS)
+    images, steps = settings.images(train=SIZES[-1], test=SIZES[-1]).flat(), settings.count(STEPS, short=SHORT_STEPS)
     numbers: dict[str, Any] = settings.header(images, steps) | {"sizes": list(SIZES)}
     with progress(len(SIZES) * len(settings.seeds) * steps, "small_batches") as tick:
         fits = [[fit(images, seed, size, steps, tick) for size in SIZES] for seed in settings.seeds]
@@ -66,7 +67,7 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
         Claim(
             f"Training and inference differ more at batches of {SIZES[0]} than of {SIZES[-1]}.",
             "times the gap",
-            (gap[:, 0] / gap[:, -1]).tolist(),
+            ratios(gap[:, 0], gap[:, -1]),
             1,
         ),
         Claim(
@@ -79,7 +80,7 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
         Claim(
             f"At batches of {SIZES[1]} calibration takes most of what is stale away, on batches it has not seen.",
             "share that is left",
-            (calibrated[:, 1] / stale[:, 1]).tolist(),
+            ratios(calibrated[:, 1], stale[:, 1]),
             0.5,
             above=False,
         ),

@@ -3,9 +3,10 @@
 import json
 import os
 import re
+import tempfile
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -54,6 +55,13 @@ def studies() -> dict[str, str]:
     return {name: subject for _, name, subject in sorted(found)}
 
 
+def without(name: str) -> tuple[str, ...]:
+    """The options that a study has no use for, such as "data": its line `WITHOUT = ...`, read without an import."""
+    text = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+    line = re.search(r"^WITHOUT = (.*)$", text, re.MULTILINE)
+    return tuple(re.findall(r'"(\w+)"', line[1])) if line else ()
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the command line chose. `steps` is None for the study's own default."""
@@ -64,8 +72,16 @@ class Settings:
     paper: bool = False
     short: bool = False
 
-    def images(self) -> Dataset:
-        return load(self.path)
+    def images(self, train: int = 2, test: int = 1, varying: int = 1, split: int | None = None) -> Dataset:
+        """What to learn, with at least as many images to train on and to test on, and pixels that vary, as said.
+
+        With `split` that many are to train on, and all others to test on.
+        """
+        images = load(self.path)
+        if split is not None:
+            images, train = images.split(split), max(split, train)
+        images.require(train, test, varying)
+        return images
 
     @property
     def spread(self) -> str:
@@ -79,7 +95,7 @@ class Settings:
 
     def count(self, default: int, paper: int | None = None, short: int | None = None) -> int:
         """How many steps to train: what was asked for, the paper's number, the short one, or the default."""
-        chosen = paper if self.paper else short if self.short else None
+        chosen = paper if paper is not None and self.paper else short if self.short else None
         return next(steps for steps in (self.steps, chosen, default) if steps is not None)
 
 
@@ -112,6 +128,30 @@ def progress(total: int, description: str) -> Iterator[Any]:
         yield bar.update
 
 
+def reserve(out: Path, names: Iterable[str]) -> None:
+    """Raise ValueError unless files of these names can be written into the folder `out`; leaves nothing behind."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=out):
+            pass
+        for path in (out / name for name in names):
+            if path.exists():
+                path.open("r+b").close()
+    except OSError as error:
+        raise ValueError(f"cannot write to {error.filename or out}: {error.strerror or error}") from error
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def heading(title: str, claims: Sequence[Claim]) -> str:
+    """The title says what all claims together say; where one does not hold it is but a question."""
+    failed = sum(not claim.holds for claim in claims)
+    return f"{title}?\nIn this run {failed} of {len(claims)} claims did not hold" if failed else title
+
+
 def perform(study: ModuleType, settings: Settings, out: Path, form: str = "png") -> list[Claim]:
     """Run one study, print its table and claims, and leave its figure and numbers in `out`."""
     name = study.__name__.rpartition(".")[2]
@@ -119,7 +159,8 @@ def perform(study: ModuleType, settings: Settings, out: Path, form: str = "png")
     with threadpool_limits(1, "blas"):
         numbers = study.run(settings)
     claims = study.claims(numbers)
-    print(f"\n{study.TITLE}\nData: {numbers['data']}; seeds {', '.join(map(str, numbers['seeds']))}\n")
+    title = heading(study.TITLE, claims)
+    print(f"\n{title}\nData: {numbers['data']}; seeds {', '.join(map(str, numbers['seeds']))}\n")
     print(format_table(*study.table(numbers)))
     print()
     for claim in claims:
@@ -129,18 +170,23 @@ def perform(study: ModuleType, settings: Settings, out: Path, form: str = "png")
     out.mkdir(parents=True, exist_ok=True)
     record = {"study": name, **numbers, "claims": [asdict(claim) | {"holds": claim.holds} for claim in claims]}
     (out / f"{name}.json").write_text(json.dumps(_plain(record), indent=1) + "\n")
-    save(study.draw, numbers, study.TITLE, out / f"{name}.{form}")
+    foot = f"Data: {numbers['data']}. {numbers['note']}"
+    if refuted := [claim.text for claim in claims if not claim.holds]:
+        foot += f" Did not hold: {' '.join(refuted)}"
+    save(study.draw, numbers, title, foot, out / f"{name}.{form}")
     print(f"\n  {out / name}.json, .{form}")
     return claims
 
 
-def save(draw: Any, numbers: dict[str, Any], title: str, path: Path) -> None:
+def save(draw: Any, numbers: dict[str, Any], title: str, foot: str, path: Path) -> None:
     """Draw one figure in the house style; its foot names the data and the seeds."""
     with mpl.rc_context(STYLE):
         figure = Figure(layout="constrained")
         draw(figure, numbers)
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
-        figure.supxlabel(_foot(numbers, figure.get_figwidth()), x=0.01, ha="left", fontsize=8, color=GREY)
+        # As many letters as the width has room for.
+        foot = "\n".join(textwrap.wrap(foot, int(figure.get_figwidth() * 17)))
+        figure.supxlabel(foot, x=0.01, ha="left", fontsize=8, color=GREY)
         # No date in the file: the same numbers give the same bytes.
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     if path.suffix == ".png":
@@ -148,10 +194,6 @@ def save(draw: Any, numbers: dict[str, Any], title: str, path: Path) -> None:
         with Image.open(path) as image:
             small = image.convert("RGB").quantize(256)
         small.save(path, optimize=True)
-
-
-def _foot(numbers: dict[str, Any], width: float) -> str:
-    return "\n".join(textwrap.wrap(f"Data: {numbers['data']}. {numbers['note']}", int(width * 17)))
 
 
 def band(axes: Axes, x: Sequence[float], runs: Any, color: str, label: str | None = None, **line: Any) -> None:
@@ -176,6 +218,20 @@ def bars(axes: Axes, labels: Sequence[str], runs: Any, colors: Sequence[str]) ->
 def steps_to(steps: Sequence[int], curve: Sequence[float], level: float) -> float:
     """The first step at which the curve reaches the level; infinity if it never does."""
     return next((float(step) for step, value in zip(steps, curve, strict=True) if value >= level), float("inf"))
+
+
+def ratios(above: Any, below: Any) -> list[float]:
+    """One by the other for each seed; where that has no meaning it is not a number, which supports no claim."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.divide(np.asarray(above, float), np.asarray(below, float)).tolist()
+
+
+def times_fewer(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
+    """How many times fewer steps, for each seed; 0 for who never arrives.
+
+    A mark that is met before the first step says nothing of training, and counts for as little.
+    """
+    return [a / b if 0 < b < float("inf") else 0.0 for a, b in zip(slow, fast, strict=True)]
 
 
 def number(value: float) -> str:
