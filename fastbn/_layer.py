@@ -138,7 +138,8 @@ class BatchNorm:
     statistics and the counter change together or, on any error, not at all.
 
     ``copy.copy`` and ``copy.deepcopy`` both give an independent layer. A copy or a pickle carries the parameters, the
-    statistics, the settings and the mode, not the gradients nor what a call remembered.
+    statistics, the settings, the mode, and what attributes it was given besides, such as those of a subclass; not the
+    gradients nor what a call remembered.
 
     Examples
     --------
@@ -660,13 +661,17 @@ class BatchNorm:
         return {name: getattr(self, name) for name in _SETTINGS}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
+        pickled = {
             "version": _PICKLE_VERSION,
             "settings": self._settings(),
             "training": self.training,
             "num_batches_skipped": self.num_batches_skipped,
             "state": dict(self.state_dict()),
         }
+        held: Any = object.__getstate__(self)  # of a class with slots, these beside the attributes
+        attributes, slots = held if isinstance(held, tuple) else (held, {})
+        more = {name: value for name, value in (attributes | slots).items() if name not in _OWN}
+        return pickled | {"attributes": more} if more else pickled
 
     def __setstate__(self, pickled: Mapping[str, Any]) -> None:
         # Into a layer of no memory first: what is pickled may be anything, also a wrong number of channels.
@@ -675,7 +680,11 @@ class BatchNorm:
             version = pickled.get("version") if isinstance(pickled, Mapping) else _PICKLE_VERSION
             if version != _PICKLE_VERSION:
                 raise ValueError(f"version must be {_PICKLE_VERSION}, got {_native.said(version)}")
+            if isinstance(pickled, Mapping):
+                pickled = {"attributes": {}, **pickled}
             _state.check_keys("what was pickled", pickled, _PICKLED)
+            more = pickled["attributes"]
+            _check_attributes(more)
             _state.check_keys("settings", pickled["settings"], _SETTINGS)
             new._configure(**pickled["settings"])
             new.training = pickled["training"]
@@ -688,6 +697,8 @@ class BatchNorm:
             raise ValueError(f"not the pickled state of a BatchNorm: {error}") from error
         new._fill(arrays)
         self.__dict__.update(new.__dict__)
+        for name, value in more.items():
+            object.__setattr__(self, name, value)  # a slot or not
         _layers[id(self)] = self
 
     def __repr__(self) -> str:
@@ -704,7 +715,18 @@ class BatchNorm:
 
 
 _SETTINGS = tuple(inspect.signature(BatchNorm).parameters)
-_PICKLED = ("version", "settings", "training", "num_batches_skipped", "state")
+_PICKLED = ("version", "settings", "training", "num_batches_skipped", "state", "attributes")
+_OWN = frozenset(vars(BatchNorm(0)))
+
+
+def _check_attributes(attributes: Any) -> None:
+    """Refuse what is no mapping, or would write over what has been checked."""
+    if not isinstance(attributes, Mapping):
+        raise TypeError(f"attributes must be a mapping, got {type(attributes).__name__}")
+    for name in attributes:
+        ours = not isinstance(name, str) or name in _OWN
+        if ours or inspect.isdatadescriptor(inspect.getattr_static(BatchNorm, name, None)):
+            raise ValueError(f"attributes must have names that BatchNorm has not, got {_native.said(name)}")
 
 
 def _overlap(x: Any, out: _Array) -> bool:

@@ -458,6 +458,38 @@ def test_copies_and_pickles_are_equal_and_apart(duplicate):
         duplicate(bn).backward(x)
 
 
+class Tagged(fastbn.BatchNorm):
+    """A subclass with attributes of every kind."""
+
+    __slots__ = ("slot", "unset")
+
+    def __init__(self, tag):
+        super().__init__(4)
+        self.tag, self.slot, self.me, self.__private = tag, "s", self, 5
+
+    @property
+    def private(self):
+        return self.__private
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda bn: pickle.loads(pickle.dumps(bn))])
+def test_attributes_of_a_subclass_come_along(duplicate):
+    """Seeded bug: a pickle of what BatchNorm knows of alone."""
+    bn = Tagged(["a"])
+    bn(data((6, 4)))
+    twin = duplicate(bn)
+    assert type(twin) is Tagged
+    assert (twin.tag, twin.slot, twin.private, hasattr(twin, "unset")) == (["a"], "s", 5, False)
+    assert twin.me is (bn if duplicate is copy.copy else twin)
+    assert vars(twin).keys() == vars(bn).keys()
+    assert_array_equal(twin.running_mean, bn.running_mean)
+    assert twin._lock is not bn._lock
+    bn = fastbn.BatchNorm(4)
+    assert "attributes" not in bn.__getstate__()  # so 0.1.0 reads it
+    bn.forward = "shadowed"
+    assert duplicate(bn).forward == "shadowed"
+
+
 def test_a_diverged_layer_can_still_be_copied():
     bn = fastbn.BatchNorm(4)
     bn(poison("nan"))
@@ -482,6 +514,11 @@ def test_a_diverged_layer_can_still_be_copied():
         ({"state": {}}, "missing weight, bias, running_mean, running_var, num_batches_tracked$"),
         ({"state": {"weight": np.ones(1 << 20)}}, r"weight must have shape \(4,\), got \(1048576,\)"),
         ({"state": None}, "state must be a mapping of names to arrays, got NoneType"),
+        ({"attributes": None}, "attributes must be a mapping, got NoneType"),
+        ({"attributes": {3: 4}}, "attributes must have names that BatchNorm has not, got 3"),
+        ({"attributes": {"_eps": -1.0}}, "attributes must have names that BatchNorm has not, got '_eps'"),
+        ({"attributes": {"weight": np.zeros(4)}}, "attributes must have names that BatchNorm has not, got 'weight'"),
+        ({"attributes": {"__class__": int}}, "attributes must have names that BatchNorm has not, got '__class__'"),
     ],
 )
 def test_a_pickled_state_goes_through_the_checker(change, message):
