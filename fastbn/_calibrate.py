@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ from fastbn import _native
 from fastbn._functional import moments
 from fastbn._layer import BatchNorm
 from fastbn._moments import Moments
-from fastbn._watch import Layers, feed, named_layers, watched
+from fastbn._watch import Layers, aside, by_batch, feed, named_layers, watched
 
 __all__ = ["ExactSums", "calibrate", "check_batch"]
 
@@ -54,7 +55,8 @@ def calibrate(
 
         ``"ema"``: what training mode does to them, with the layer's `momentum`, from where they are.
     layers : BatchNorm, iterable of them, or mapping of names to them, optional
-        The layers to calibrate, if not all that have running statistics.
+        The layers to calibrate, if not all that have running statistics. The others that are found in `network` do what
+        they do in their mode, and stay as they are in training mode, too.
     progress : bool, optional
         Whether to show a progress bar, which takes tqdm. None: if it is installed and stderr is a terminal.
 
@@ -65,9 +67,9 @@ def calibrate(
     ValueError
         If there is no layer or no batch, a batch does not fit a layer or has statistics that are not finite, a layer is
         never called, or `method` is not one of these. Whatever is raised, here or by `network`, every layer is as it
-        was.
+        was. Notes name what is wrong with the arrays of layers of the network, where that may be why.
     RuntimeError
-        If another call is calibrating or comparing one of the layers.
+        If another call is calibrating or comparing one of the layers, or a network that holds one.
     ImportError
         If `progress` is True and there is no tqdm.
 
@@ -83,9 +85,10 @@ def calibrate(
             fastbn.calibrate(network, batches, layers=layer)
 
     All else of the network runs as it is: put it into eval mode first, lest dropout drops. Layers keep their mode,
-    parameters, gradients and what they remember for `BatchNorm.backward`. `num_batches_tracked` becomes the number of
-    batches that the layer saw, and grows by it with "ema"; an empty batch does not count. No batch is kept, and no
-    other thread should call the layers meanwhile.
+    parameters, gradients and what they remember for `BatchNorm.backward`; only of a layer that is neither found nor
+    given in `layers` nothing is known, and it does what it does. `num_batches_tracked` becomes the number of batches
+    that the layer saw, and grows by it with "ema"; an empty batch does not count. No batch is kept, and no other thread
+    should call the layers of a network meanwhile.
 
     Population statistics are algorithm 2 of Ioffe & Szegedy (2015). The exact ones are the pairwise merge of Chan,
     Golub & LeVeque (1979) in integers of any length: of the moments of every batch (as `fastbn.moments` gives them)
@@ -112,18 +115,22 @@ def calibrate(
     _native.choice("method", method, tuple(_METHODS))
     if not callable(network):
         raise TypeError(f"network must be a BatchNorm or a callable, got {type(network).__name__}")
-    collectors = [_METHODS[method](name, layer) for name, layer in named_layers(network, layers).items()]
-    if isinstance(network, BatchNorm) and len(collectors) == 1 and collectors[0].layer is network:
-        feed(batches, collectors[0].collect, "calibrate", progress)
-    else:
-        with watched((c.layer, c.instead) for c in collectors):
-            feed(batches, network, "calibrate", progress)
-    ready = [c.committed() for c in collectors]
-    with contextlib.ExitStack() as held:
-        for collector in sorted(collectors, key=lambda c: id(c.layer)):
-            held.enter_context(collector.layer._lock)
-        # As in a training call, no signal comes in between: all layers change, or none.
-        deque(starmap(_native.commit, ready), maxlen=0)
+    collectors = [_METHODS[method](name, layer) for name, layer in named_layers(network, layers)]
+    run: Callable[[Any], Any] = network
+    watches = [(c.layer, c.instead) for c in collectors]
+    if len(collectors) == 1 and collectors[0].layer is network and type(network).__call__ is BatchNorm.__call__:
+        # Its output is for nobody, so a batch may be a single value; and other threads may call it.
+        run, watches = collectors[0].collect, [(network, functools.partial(aside, network))]
+    with watched(network, watches):
+        for collector in collectors:
+            collector.start()
+        feed(batches, run, "calibrate", progress)
+        ready = [c.committed() for c in collectors]
+        with contextlib.ExitStack() as held:
+            for collector in sorted(collectors, key=lambda c: id(c.layer)):
+                held.enter_context(collector.layer._lock)
+            # As in a training call, no signal comes in between: all layers change, or none.
+            deque(starmap(_native.commit, ready), maxlen=0)
 
 
 class _Collector:
@@ -134,20 +141,19 @@ class _Collector:
         self.lock = threading.Lock()
         self.batches = 0
 
-    def instead(self, x: Any, residual: Any, out: Any) -> _Array:
+    def start(self) -> None:
+        """Begin, once nobody else is at the layer."""
+
+    def instead(self, x: Any, residual: Any, out: Any) -> Any:
         """What the layer does instead of its forward: normalize with the batch's statistics, and give them here."""
         self.collect(x)
-        layer = self.layer
-        y, _ = _native.forward(
-            x, layer._weight, layer._bias, layer.eps, layer.channel_axis, layer.activation, layer.negative_slope,
-            residual, out,
-        )  # fmt: skip
-        return y if out is None else out
+        return by_batch(self.layer, x, residual, out)
 
     def collect(self, x: Any) -> None:
         found = check_batch(self.name, self.layer, x)
         if found.count:
-            with self.lock:
+            # Whatever the caller made of errors in NumPy: those of the network are his, and these are not.
+            with self.lock, np.errstate(all="ignore"):
                 self.add(found)
                 self.batches += 1
 
@@ -168,7 +174,7 @@ class _Collector:
         for kind, array, new in zip(
             ("mean", "variance"), (self.layer._running_mean, self.layer._running_var), self.statistics(), strict=True
         ):
-            with np.errstate(over="ignore"):
+            with np.errstate(all="ignore"):
                 cast = np.ascontiguousarray(new, array.dtype)
             if not np.isfinite(cast).all():
                 raise ValueError(f"{self.name} has a {kind} over all batches that is not finite in {array.dtype}")
@@ -209,14 +215,14 @@ class _Cumulative(_Collector):
 class _Ema(_Collector):
     """Training mode itself, on copies of the running statistics."""
 
-    def __init__(self, name: str, layer: BatchNorm) -> None:
-        super().__init__(name, layer)
+    def start(self) -> None:
+        layer = self.layer
         with layer._lock:
             self.mean, self.var, self.before = (
                 layer._running_mean.copy(), layer._running_var.copy(), layer.num_batches_tracked,
             )  # fmt: skip
 
-    def instead(self, x: Any, residual: Any, out: Any) -> _Array:
+    def instead(self, x: Any, residual: Any, out: Any) -> Any:
         layer = self.layer
         check_batch(self.name, layer, x)
         with self.lock:

@@ -14,7 +14,7 @@ from fastbn import _native
 from fastbn._calibrate import ExactSums, check_batch
 from fastbn._layer import BatchNorm
 from fastbn._moments import Moments
-from fastbn._watch import Layers, feed, named_layers, watched
+from fastbn._watch import Layers, ailments, by_batch, feed, named_layers, watched
 
 __all__ = ["GapReport", "LayerGap", "train_eval_gap"]
 
@@ -51,8 +51,11 @@ class LayerGap:
         The running standard deviation over that of all the batches: geometric mean over channels.
     values : float
         Per channel in a batch, on average.
-    cause : {None, "small batch", "momentum", "too few batches", "drift"}
-        Where `gap` is above the tolerance.
+    cause : str or None
+        Where `gap` is above the tolerance: "small batch", "momentum", "too few batches" or "drift". And always where an
+        array of the layer is the cause: "running_mean is not finite", or `running_var`, `weight` or `bias`;
+        "running_var is negative"; or "running_var is zero", and `eps` is, too. Numbers above may be NaN or infinite
+        then.
     advice : str
 
     Examples
@@ -153,7 +156,8 @@ def train_eval_gap(
     Notes
     -----
     While it measures, every layer normalizes with the statistics of its batch, as in training, so that it answers for
-    its own running statistics and not for those of the layers before it. Nothing of any layer changes.
+    its own running statistics and not for those of the layers before it. Nothing of any layer changes that is found in
+    the network or given in `layers`.
 
     The gap has two parts, whose squares add up nearly. The one is *noise*: batches differ from one another, and
     more so the smaller they are: ``small batch``. The other is that the running statistics are *stale*, which
@@ -162,6 +166,9 @@ def train_eval_gap(
     ``too few batches`` if it vanishes once the share ``(1 - momentum) ** num_batches_tracked`` of the initial
     statistics, zeros and ones, is taken out; else to ``drift``: these batches are not of the data, or the weights
     before the layer no longer those, that the statistics are of.
+
+    Before all that comes an array of the layer that eval mode cannot work with, such as one with a NaN in it: it is
+    the cause, whatever the tolerance.
 
     Examples
     --------
@@ -174,10 +181,12 @@ def train_eval_gap(
     if not callable(network):
         raise TypeError(f"network must be a BatchNorm or a callable, got {type(network).__name__}")
     tolerance = _native.number("tolerance", tolerance, 0.0)
-    observers = [_Observer(name, layer) for name, layer in named_layers(network, layers).items()]
-    with watched((o.layer, o.instead) for o in observers):
+    observers = [_Observer(name, layer) for name, layer in named_layers(network, layers)]
+    with watched(network, [(o.layer, o.instead) for o in observers]):
         count = feed(batches, network, "train_eval_gap", progress)
-    return GapReport(tuple(o.report(tolerance) for o in observers), count)
+        # What comes of arrays that are not finite is told in words.
+        with np.errstate(all="ignore"):
+            return GapReport(tuple(o.report(tolerance) for o in observers), count)
 
 
 class _Observer:
@@ -188,17 +197,13 @@ class _Observer:
         self.lock = threading.Lock()
         self.parts: list[Moments] = []
 
-    def instead(self, x: Any, residual: Any, out: Any) -> _Array:
-        layer = self.layer
-        found = check_batch(self.name, layer, x)
-        y, _ = _native.forward(
-            x, layer._weight, layer._bias, layer.eps, layer.channel_axis, layer.activation, layer.negative_slope,
-            residual, out,
-        )  # fmt: skip
+    def instead(self, x: Any, residual: Any, out: Any) -> Any:
+        found = check_batch(self.name, self.layer, x)
+        y = by_batch(self.layer, x, residual, out)
         if found.count:
             with self.lock:
                 self.parts.append(found)
-        return y if out is None else out
+        return y
 
     def report(self, tolerance: float) -> LayerGap:
         layer, parts = self.layer, self.parts
@@ -207,12 +212,15 @@ class _Observer:
         sums = ExactSums(layer.num_features)
         for part in parts:
             sums.add(part)
-        weight = _wide(layer._weight, 1.0, layer.num_features)
-        bias = _wide(layer._bias, 0.0, layer.num_features)
+        whole = sums.mean(), sums.var()
+        if not np.isfinite(whole[1]).all():
+            raise ValueError(f"{self.name} has a variance over all batches that is not finite in float64")
         state = layer.state_dict()
+        weight, bias = _in_range(
+            _wide(state.get("weight"), 1.0, layer.num_features), _wide(state.get("bias"), 0.0, layer.num_features)
+        )
         running = state["running_mean"].astype(np.float64), state["running_var"].astype(np.float64)
         tracked = int(state["num_batches_tracked"])
-        whole = sums.mean(), sums.var()
         counts = np.array([part.count for part in parts])
         share = counts / counts.sum()
         spread = whole[1] * (1.0 - 1.0 / sums.count)
@@ -222,21 +230,24 @@ class _Observer:
         def squared(mean: _Float64, var: _Float64) -> _Float64:
             """The mean square, by channel, between a batch normalized with its own statistics and with these."""
             scale = _scale(weight, var, layer.eps)
-            return _total(share @ (variances * (scales - scale) ** 2 + ((means - mean) * scale) ** 2))
+            return _total(share @ ((np.sqrt(variances) * (scales - scale)) ** 2 + ((means - mean) * scale) ** 2))
 
         def apart(mean: _Float64, var: _Float64) -> float:
             """The mean square between all batches normalized with these statistics and with their own."""
             a, b = _scale(weight, var, layer.eps), _scale(weight, whole[1], layer.eps)
-            return float(np.mean(spread * (a - b) ** 2 + ((whole[0] - mean) * a) ** 2)) if mean.size else 0.0
+            return float(np.mean((np.sqrt(spread) * (a - b)) ** 2 + ((whole[0] - mean) * a) ** 2)) if mean.size else 0.0
 
-        by_channel = squared(*running)
-        size = float(np.mean(share @ (variances * scales**2) + bias**2)) if weight.size else 0.0
+        # Eval mode divides by zero there, and `_scale` does not. Of an infinite bias both modes have nothing but that.
+        by_channel = np.where(running[1] + layer.eps == 0, np.inf, squared(*running)) + (bias - bias)
+        size = float(np.mean(share @ (np.sqrt(variances) * scales) ** 2 + bias**2)) if weight.size else 0.0
         noise, stale = float(np.mean(squared(*whole))) if weight.size else 0.0, apart(*running)
         off = np.abs(running[0] - whole[0]) / np.sqrt(np.maximum(whole[1] + layer.eps, np.finfo(np.float64).tiny))
         ratio = np.sqrt((running[1] + layer.eps) / np.maximum(whole[1] + layer.eps, np.finfo(np.float64).tiny))
         gap = _relative(float(np.mean(by_channel)) if weight.size else 0.0, size)
         cause = advice = None
-        if gap > tolerance:
+        if broken := ailments(state, layer.eps):
+            cause, advice = broken[0][0], "; ".join(words for _, words in broken)
+        elif not gap <= tolerance:
             cause, advice = self._cause(noise, stale, apart, running, tracked, len(parts), float(counts.mean()), off)
         worst = int(np.argmax(by_channel)) if weight.size else 0
         return LayerGap(
@@ -301,9 +312,15 @@ def _wide(parameter: _Array | None, default: float, channels: int) -> _Float64:
     return np.full(channels, default) if parameter is None else parameter.astype(np.float64)
 
 
+def _in_range(weight: _Float64, bias: _Float64) -> tuple[_Float64, _Float64]:
+    """The same in units of a power of two, so that no square of them overflows: all that is told is relative."""
+    _, exponent = np.frexp(max(np.abs(weight).max(initial=0.0), np.abs(bias).max(initial=0.0)))
+    return np.ldexp(weight, -exponent), np.ldexp(bias, -exponent)
+
+
 def _scale(weight: _Float64, var: _Float64, eps: float) -> _Float64:
-    with np.errstate(divide="ignore"):
-        scale: _Float64 = np.where(var + eps > 0, weight / np.sqrt(var + eps), 0.0)
+    """The slope of a normalization, NaN as in eval mode; of a constant channel, 0, as in training."""
+    scale: _Float64 = np.where(var + eps == 0, 0.0, weight / np.sqrt(var + eps))
     return scale
 
 

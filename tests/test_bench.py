@@ -328,7 +328,12 @@ def test_progress(installed, monkeypatch, capsys):
     else:
         monkeypatch.setitem(sys.modules, "tqdm", None)
     assert list(report.progress(["one", "two"])) == ["one", "two"]
+    assert capsys.readouterr().err == ""  # a log wants no control characters
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(report.progress(["one", "two"])) == ["one", "two"]
     assert "two" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stderr", None)
+    assert list(report.progress(["one", "two"])) == ["one", "two"]
 
 
 def test_picture(tmp_path):

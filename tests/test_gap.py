@@ -191,3 +191,113 @@ def test_a_network_runs_as_in_training_and_nothing_changes(rng):
 def test_arguments_are_checked(arguments, options, error, message):
     with pytest.raises(error, match=message):
         fastbn.train_eval_gap(*arguments, **options)
+
+
+BROKEN = {
+    "weight": (np.nan, {}, "weight is not finite", "channels 2: go back to parameters"),
+    "bias": (-np.inf, {}, "bias is not finite", "channels 2: go back to parameters"),
+    "running_mean": (np.inf, {}, "running_mean is not finite", "channels 2: a batch that was not finite .* Calibrate"),
+    "running_var": (np.nan, {}, "running_var is not finite", "channels 2: a batch that was not finite .* Calibrate"),
+    "running_var, infinite": (np.inf, {}, "running_var is not finite", "channels 2: a batch that was not finite"),
+    "running_var, negative": (-5.0, {}, "running_var is negative", "channels 2: no data make it so. Calibrate"),
+    "running_var, a little negative": (-1e-9, {"eps": 1.0}, "running_var is negative", "channels 2: no data make it"),
+    "running_var, zero": (0.0, {"eps": 0.0}, "running_var is zero", "channels 2: and eps is 0"),
+}
+
+
+@pytest.mark.parametrize("tolerance", [0.1, 1e300])
+@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.filterwarnings("error")
+def test_an_array_that_eval_mode_cannot_work_with_is_the_cause(rng, case, tolerance):
+    """Whatever is asked of NumPy's errors. Seeded bugs: a gap of NaN, which is not above any tolerance."""
+    value, options, cause, advice = BROKEN[case]
+    given = batches(rng, 20, 64)
+    bn = fastbn.BatchNorm(4, **options)
+    fastbn.calibrate(bn, given)
+    getattr(bn, "_" + case.partition(",")[0])[2] = value
+    before = bits(bn)
+    with np.errstate(all="raise"):
+        report = fastbn.train_eval_gap(bn, given, tolerance=tolerance)
+    (layer,) = report.layers
+    assert layer.cause == cause
+    assert re.match(f"{cause} in {advice}", layer.advice)
+    assert str(report).splitlines()[-1] == f"network: {layer.advice}"
+    assert bits(bn) == before
+    assert layer.worst_channel == 2 or "little" in case
+    # The number is that of the modes themselves.
+    with np.errstate(all="ignore"):
+        y = bn.eval()(given[0])
+    assert np.isfinite(layer.gap) == np.isfinite(y).all()
+
+
+def test_all_that_is_broken_is_told(rng):
+    bn = fastbn.BatchNorm(9)
+    bn.weight[...], bn.running_mean[1], bn.running_var[[2, 3]] = np.nan, np.inf, [-1.0, np.nan]
+    (layer,) = fastbn.train_eval_gap(bn, list(rng.normal(size=(3, 20, 9)).astype(np.float32))).layers
+    assert layer.cause == "weight is not finite"
+    for words in (
+        "0, 1, 2, 3, 4, ... (9 in all): go",
+        "; running_mean is not finite in channels 1: ",
+        "; running_var is not finite in channels 3: ",
+        "; running_var is negative in channels 2: ",
+    ):
+        assert words in layer.advice
+
+
+@pytest.mark.parametrize("run", [fastbn.calibrate, fastbn.train_eval_gap])
+def test_what_a_broken_layer_makes_is_not_blamed_on_the_data_alone(rng, run):
+    """Seeded bug: an error of the second layer that does not name the first."""
+    first, second = trained([]), trained([])
+    given = batches(rng, 3, 16)
+    first.weight[1] = np.nan
+    with pytest.raises(ValueError, match="second must be given finite data") as error:
+        run(lambda x: second(first(x)), given)
+    assert any(note.startswith("first: weight is not finite in channels 1: ") for note in error.value.__notes__)
+    first, second = trained([]).eval(), trained([])
+    first.running_var[3] = -1
+    with pytest.raises(ValueError, match="must be given finite data") as error:
+        run(lambda x: second(first(x)), given, layers=second)
+    assert any(note.startswith("first: running_var is negative in channels 3: ") for note in error.value.__notes__)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("factor", [1e-170, 1e-3, 1e160])
+def test_the_unit_of_the_parameters_does_not_matter(rng, factor):
+    """Seeded bug: squares of them that overflow, or vanish."""
+    given = [x.astype(np.float64) for x in batches(rng, 20, 64)]
+    reports = []
+    for by in (1.0, factor):
+        bn = trained(given[:3], dtype=np.float64)
+        bn.weight[...], bn.bias[...] = by * np.array([1.0, -2.0, 0.5, 3.0]), by
+        with np.errstate(all="raise"):
+            reports += fastbn.train_eval_gap(bn, given).layers
+    assert reports[1].gap == pytest.approx(reports[0].gap)
+    assert (reports[1].cause, reports[0].cause) == ("too few batches",) * 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_extremes_of_float64():
+    """Channels that hardly vary, without an eps; statistics far away; and what no variance holds."""
+    tiny = np.array([[0.0, 1.0], [2e-162, 1.0], [1e-162, 1.0]])
+    bn = fastbn.BatchNorm(2, eps=0.0, dtype=np.float64)
+    with np.errstate(all="raise"):
+        (layer,) = fastbn.train_eval_gap(bn, [tiny, 2 * tiny]).layers
+        assert np.isfinite([layer.gap, layer.noise, layer.stale]).all()
+        bn.running_mean[0] = 1e200
+        (layer,) = fastbn.train_eval_gap(bn, [tiny, 2 * tiny]).layers
+        assert (layer.cause, layer.gap) == ("drift", np.inf)
+        far = [np.full((3, 2), 1e200), np.full((3, 2), -1e200)]
+        with pytest.raises(ValueError, match="network has a variance over all batches that is not finite in float64"):
+            fastbn.train_eval_gap(bn, far)
+
+
+def test_empty_and_small_batches(rng):
+    given = batches(rng, 20, 64)
+    bn = trained(given[:2])
+    (layer,) = fastbn.train_eval_gap(bn, given).layers
+    (again,) = fastbn.train_eval_gap(bn, [part for x in given for part in (x[:0], x)], layers=[bn, bn]).layers
+    assert layer == again
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        fastbn.train_eval_gap(bn, [given[0], given[0][:1]])
+    with pytest.raises(ValueError, match=r"layers\.0 must be given at least 2 batches with data, got 0"):
+        fastbn.train_eval_gap(lambda x: x, given, layers=bn)

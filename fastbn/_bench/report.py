@@ -21,6 +21,7 @@ from fastbn import _native
 from fastbn._bench.cases import Case, format_shape
 from fastbn._bench.engine import Group, Result
 from fastbn._bench.peers import Copy, Fastbn, Peer
+from fastbn._watch import on_terminal
 
 T = TypeVar("T")
 Section = tuple[Case, list[Group]]
@@ -36,7 +37,10 @@ MARKED = re.compile(r"<!-- table: python -m fastbn bench.*?-->\n.*?<!-- end of t
 
 
 def progress(items: Sequence[T]) -> Iterator[T]:
-    """Show how far a loop is: tqdm if it is installed, else a plain bar."""
+    """Show how far a loop is, on a terminal: tqdm if it is installed, else a plain bar."""
+    if not on_terminal():
+        yield from items
+        return
     try:
         tqdm: Any = importlib.import_module("tqdm").tqdm
     except ImportError:
