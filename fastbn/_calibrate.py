@@ -17,7 +17,7 @@ from fastbn import _native
 from fastbn._functional import moments
 from fastbn._layer import BatchNorm
 from fastbn._moments import Moments
-from fastbn._watch import Layers, aside, by_batch, feed, named_layers, watched
+from fastbn._watch import Layers, aside, by_batch, feed, find_layers, named_layers, watched
 
 __all__ = ["ExactSums", "calibrate", "check_batch"]
 
@@ -115,13 +115,14 @@ def calibrate(
     _native.choice("method", method, tuple(_METHODS))
     if not callable(network):
         raise TypeError(f"network must be a BatchNorm or a callable, got {type(network).__name__}")
-    collectors = [_METHODS[method](name, layer) for name, layer in named_layers(network, layers)]
+    found = find_layers(network)
+    collectors = [_METHODS[method](name, layer) for name, layer in named_layers(network, found, layers)]
     run: Callable[[Any], Any] = network
     watches = [(c.layer, c.instead) for c in collectors]
     if len(collectors) == 1 and collectors[0].layer is network and type(network).__call__ is BatchNorm.__call__:
         # Its output is for nobody, so a batch may be a single value; and other threads may call it.
         run, watches = collectors[0].collect, [(network, functools.partial(aside, network))]
-    with watched(network, watches):
+    with watched(found, watches):
         for collector in collectors:
             collector.start()
         feed(batches, run, "calibrate", progress)

@@ -14,7 +14,7 @@ from fastbn import _native
 from fastbn._calibrate import ExactSums, check_batch
 from fastbn._layer import BatchNorm
 from fastbn._moments import Moments
-from fastbn._watch import Layers, ailments, by_batch, feed, named_layers, watched
+from fastbn._watch import Layers, ailments, by_batch, feed, find_layers, named_layers, watched
 
 __all__ = ["GapReport", "LayerGap", "train_eval_gap"]
 
@@ -181,8 +181,9 @@ def train_eval_gap(
     if not callable(network):
         raise TypeError(f"network must be a BatchNorm or a callable, got {type(network).__name__}")
     tolerance = _native.number("tolerance", tolerance, 0.0)
-    observers = [_Observer(name, layer) for name, layer in named_layers(network, layers)]
-    with watched(network, [(o.layer, o.instead) for o in observers]):
+    found = find_layers(network)
+    observers = [_Observer(name, layer) for name, layer in named_layers(network, found, layers)]
+    with watched(found, [(o.layer, o.instead) for o in observers]):
         count = feed(batches, network, "train_eval_gap", progress)
         # What comes of arrays that are not finite is told in words.
         with np.errstate(all="ignore"):
@@ -215,7 +216,7 @@ class _Observer:
         whole = sums.mean(), sums.var()
         if not np.isfinite(whole[1]).all():
             raise ValueError(f"{self.name} has a variance over all batches that is not finite in float64")
-        state = layer.state_dict()
+        state = BatchNorm.state_dict(layer)  # whatever a subclass says
         weight, bias = _in_range(
             _wide(state.get("weight"), 1.0, layer.num_features), _wide(state.get("bias"), 0.0, layer.num_features)
         )

@@ -666,7 +666,7 @@ class BatchNorm:
             "settings": self._settings(),
             "training": self.training,
             "num_batches_skipped": self.num_batches_skipped,
-            "state": dict(self.state_dict()),
+            "state": dict(BatchNorm.state_dict(self)),  # whatever a subclass says of its own
         }
         held: Any = object.__getstate__(self)  # of a class with slots, these beside the attributes
         attributes, slots = held if isinstance(held, tuple) else (held, {})

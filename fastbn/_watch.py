@@ -65,9 +65,11 @@ def find_layers(network: Any) -> dict[str, BatchNorm]:
     return found
 
 
-def named_layers(network: Any, layers: Layers | None) -> list[tuple[str, BatchNorm]]:
-    """Return the layers with running statistics that a caller means, and raise if there is none or one has not."""
-    found = find_layers(network)
+def named_layers(network: Any, found: dict[str, BatchNorm], layers: Layers | None) -> list[tuple[str, BatchNorm]]:
+    """Return the layers with running statistics that a caller means, and raise if there is none or one has not.
+
+    `found` is what `find_layers` found in `network`.
+    """
     if layers is None:
         if not found:
             raise ValueError(
@@ -174,13 +176,12 @@ class _Watched(BatchNorm):
 
 
 @contextlib.contextmanager
-def watched(network: Any, watches: Iterable[tuple[BatchNorm, Watch]]) -> Iterator[None]:
-    """Let layers do something else instead of their forward, and let those that `network` holds besides stand `aside`.
+def watched(found: dict[str, BatchNorm], watches: Iterable[tuple[BatchNorm, Watch]]) -> Iterator[None]:
+    """Let layers do something else instead of their forward, and let those that were found besides stand `aside`.
 
     So a call changes nothing of any layer. Each is watched by one at a time.
     """
     chosen = {id(layer): (layer, watch) for layer, watch in watches}
-    found = find_layers(network)
     others = {id(layer): (layer, functools.partial(aside, layer)) for layer in found.values()}
     with contextlib.ExitStack() as undo:
         for layer, watch in (others | chosen).values():
@@ -200,7 +201,7 @@ def watched(network: Any, watches: Iterable[tuple[BatchNorm, Watch]]) -> Iterato
         except ValueError as error:
             # What comes out of a layer that is ill is blamed on the data of those after it.
             for name, layer in found.items():
-                state = layer.state_dict()
+                state = BatchNorm.state_dict(layer)
                 if layer.training or id(layer) in chosen:
                     state.pop("running_mean", None), state.pop("running_var", None)
                 for _, words in ailments(state, layer.eps):

@@ -230,6 +230,19 @@ def test_an_array_that_eval_mode_cannot_work_with_is_the_cause(rng, case, tolera
     assert np.isfinite(layer.gap) == np.isfinite(y).all()
 
 
+class Renamed(fastbn.BatchNorm):
+    def state_dict(self, prefix=""):
+        return {"moving_" + name: array for name, array in super().state_dict(prefix).items()}
+
+
+def test_a_subclass_may_name_its_arrays(rng):
+    """Seeded bug: a report of what the subclass says of its state."""
+    bn = Renamed(4)
+    assert fastbn.train_eval_gap(bn, batches(rng, 20, 64)).layers[0].cause == "too few batches"
+    with pytest.raises(ValueError, match="finite"):
+        fastbn.train_eval_gap(bn, [np.full((4, 4), np.nan, np.float32)])
+
+
 def test_all_that_is_broken_is_told(rng):
     bn = fastbn.BatchNorm(9)
     bn.weight[...], bn.running_mean[1], bn.running_var[[2, 3]] = np.nan, np.inf, [-1.0, np.nan]

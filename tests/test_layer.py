@@ -471,10 +471,13 @@ class Tagged(fastbn.BatchNorm):
     def private(self):
         return self.__private
 
+    def state_dict(self, prefix=""):
+        return super().state_dict(prefix + "moving_")
+
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda bn: pickle.loads(pickle.dumps(bn))])
 def test_attributes_of_a_subclass_come_along(duplicate):
-    """Seeded bug: a pickle of what BatchNorm knows of alone."""
+    """Seeded bugs: a pickle of what BatchNorm knows of alone, or of what the subclass makes of its state."""
     bn = Tagged(["a"])
     bn(data((6, 4)))
     twin = duplicate(bn)
