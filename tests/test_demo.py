@@ -55,6 +55,7 @@ def test_what_makes_no_sense_is_said(arguments, tmp_path):
     assert done.returncode != 0
     assert str(arguments[0]).lstrip("-") in done.stderr or str(arguments[1]) in done.stderr
     assert "Traceback" not in done.stderr
+    assert done.stdout == ""  # nothing was trained
     assert not (tmp_path / "figures").exists()
 
 

@@ -130,16 +130,17 @@ def progress(total: int, description: str) -> Iterator[Any]:
 
 def reserve(out: Path, names: Iterable[str]) -> None:
     """Raise ValueError unless files of these names can be written into the folder `out`; leaves nothing behind."""
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    made, path = [folder for folder in (out, *out.parents) if not folder.exists()], out
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=out):
             pass
-        for path in (out / name for name in names):
+        for name in names:
+            path = out / name
             if path.exists():
                 path.open("r+b").close()
     except OSError as error:
-        raise ValueError(f"cannot write to {error.filename or out}: {error.strerror or error}") from error
+        raise ValueError(f"cannot write to {path}: {error.strerror or error}") from error
     finally:
         for folder in made:
             with suppress(OSError):
