@@ -6,7 +6,9 @@ import contextlib
 import copyreg
 import functools
 import importlib
+import os
 import sys
+import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import _native
-from fastbn._layer import BatchNorm
+from fastbn._layer import BatchNorm, _layers
 
 __all__ = [
     "Layers",
@@ -159,6 +161,7 @@ class _Watched(BatchNorm):
 
     _watch: Watch
     _own: type[BatchNorm]
+    _thread: int
 
     def __call__(self, x: Any, residual: Any = None, out: Any = None) -> Any:
         return self._watch(x, residual, out)
@@ -173,6 +176,18 @@ class _Watched(BatchNorm):
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
             make = object.__new__
         return make, tuple(self._own if arg is type(self) else arg for arg in args), *rest
+
+
+def _release_in_child() -> None:
+    """What another thread watched at the moment of a fork nobody would give back in the child."""
+    layers: list[Any] = list(_layers.values())
+    for layer in layers:
+        if isinstance(layer, _Watched) and layer._thread != threading.get_ident():
+            layer.__class__ = layer._own
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_release_in_child)
 
 
 @contextlib.contextmanager
@@ -195,6 +210,7 @@ def watched(found: dict[str, BatchNorm], watches: Iterable[tuple[BatchNorm, Watc
                 undo.callback(setattr, layer, "__class__", own)
                 # All that is changed is the class: one step there, and one back.
                 members = {"__module__": own.__module__, "_watch": staticmethod(watch), "_own": own}
+                members["_thread"] = threading.get_ident()
                 layer.__class__ = type(own.__name__, bases, members)
         try:
             yield
