@@ -180,10 +180,9 @@ class _Watched(BatchNorm):
 
 def _release_in_child() -> None:
     """What another thread watched at the moment of a fork nobody would give back in the child."""
-    layers: list[Any] = list(_layers.values())
-    for layer in layers:
+    for layer in list(_layers.values()):
         if isinstance(layer, _Watched) and layer._thread != threading.get_ident():
-            layer.__class__ = layer._own
+            layer.__class__ = layer._own  # type: ignore[assignment]
 
 
 if hasattr(os, "register_at_fork"):
