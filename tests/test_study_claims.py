@@ -140,6 +140,8 @@ CONTRARY = [
     ("whitening", {"rank": [61]}, [7]),
     ("whitening", {"cost": {"time": [7, 0.9]}}, [8]),
     ("regularization", {"norm": ends_at(0.01, 0, 0.3, 0.03)}, [0, 2, 3]),
+    # Gaps of -0.2 and -0.1: the ratio of those is 2.
+    ("regularization", {"none": ends_at(0.4, 0, 0.2, 0.05), "norm": ends_at(0.2, 0, 0.1, 0.03)}, [0, 3]),
     ("regularization", {"norm__test_error": [[0.9, 0.05, 0.05]]}, [1]),
     ("regularization", {"dropout": ends_at(0.01, 0, 0.15, 0.04)}, [2]),
     ("regularization", {"both__test_loss": [[2.0, 0.02, 0.02]]}, [3]),
