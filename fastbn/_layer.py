@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import threading
+import types
 import weakref
 from collections.abc import Callable, Mapping
 from typing import IO, Any, Self
@@ -137,9 +138,9 @@ class BatchNorm:
     Several threads may use one layer. Training calls wait for one another; calls in eval mode do not. The running
     statistics and the counter change together or, on any error, not at all.
 
-    ``copy.copy`` and ``copy.deepcopy`` both give an independent layer. A copy or a pickle carries the parameters, the
-    statistics, the settings, the mode, and what attributes it was given besides, such as those of a subclass; not the
-    gradients nor what a call remembered.
+    A copy or a pickle carries the parameters, the statistics, the settings and the mode, and is independent of the
+    layer; not the gradients nor what a call remembered. It carries what attributes the layer was given besides, too,
+    such as those of a subclass, and ``copy.copy`` shares these, as it does for any object.
 
     Examples
     --------
@@ -684,7 +685,11 @@ class BatchNorm:
                 pickled = {"attributes": {}, **pickled}
             _state.check_keys("what was pickled", pickled, _PICKLED)
             more = pickled["attributes"]
-            _check_attributes(more)
+            if not isinstance(more, Mapping):
+                raise TypeError(f"attributes must be a mapping, got {type(more).__name__}")
+            for name in more:  # which write over nothing that is checked below
+                if not isinstance(name, str) or name in _OWN:
+                    raise ValueError(f"attributes must have names that BatchNorm has not, got {_native.said(name)}")
             _state.check_keys("settings", pickled["settings"], _SETTINGS)
             new._configure(**pickled["settings"])
             new.training = pickled["training"]
@@ -698,7 +703,12 @@ class BatchNorm:
         new._fill(arrays)
         self.__dict__.update(new.__dict__)
         for name, value in more.items():
-            object.__setattr__(self, name, value)  # a slot or not
+            # Past what a class makes of an assignment, as pickles do: a property may allow none.
+            slot = inspect.getattr_static(type(self), name, None)
+            if isinstance(slot, types.MemberDescriptorType):
+                slot.__set__(self, value)
+            else:
+                self.__dict__[name] = value
         _layers[id(self)] = self
 
     def __repr__(self) -> str:
@@ -717,16 +727,6 @@ class BatchNorm:
 _SETTINGS = tuple(inspect.signature(BatchNorm).parameters)
 _PICKLED = ("version", "settings", "training", "num_batches_skipped", "state", "attributes")
 _OWN = frozenset(vars(BatchNorm(0)))
-
-
-def _check_attributes(attributes: Any) -> None:
-    """Refuse what is no mapping, or would write over what has been checked."""
-    if not isinstance(attributes, Mapping):
-        raise TypeError(f"attributes must be a mapping, got {type(attributes).__name__}")
-    for name in attributes:
-        ours = not isinstance(name, str) or name in _OWN
-        if ours or inspect.isdatadescriptor(inspect.getattr_static(BatchNorm, name, None)):
-            raise ValueError(f"attributes must have names that BatchNorm has not, got {_native.said(name)}")
 
 
 def _overlap(x: Any, out: _Array) -> bool:
