@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import starmap
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import _native
-from fastbn._functional import moments
 from fastbn._layer import BatchNorm
 from fastbn._moments import Moments
-from fastbn._watch import Layers, aside, by_batch, feed, find_layers, named_layers, watched
+from fastbn._watch import Layers, Watcher, watch
 
-__all__ = ["ExactSums", "calibrate", "check_batch"]
+__all__ = ["ExactSums", "calibrate"]
 
 _Array = NDArray[Any]
 _Float64 = NDArray[np.float64]
@@ -87,8 +86,9 @@ def calibrate(
     All else of the network runs as it is: put it into eval mode first, lest dropout drops. Layers keep their mode,
     parameters, gradients and what they remember for `BatchNorm.backward`; only of a layer that is neither found nor
     given in `layers` nothing is known, and it does what it does. `num_batches_tracked` becomes the number of batches
-    that the layer saw, and grows by it with "ema"; an empty batch does not count. No batch is kept, and no other thread
-    should call the layers of a network meanwhile.
+    that the layer saw, and grows by it with "ema"; an empty batch does not count. No batch is kept. Meanwhile no other
+    thread should call the layers of a network, nor can it calibrate others of them; a layer that is `network` itself
+    may serve as ever.
 
     Population statistics are algorithm 2 of Ioffe & Szegedy (2015). The exact ones are the pairwise merge of Chan,
     Golub & LeVeque (1979) in integers of any length: of the moments of every batch (as `fastbn.moments` gives them)
@@ -113,52 +113,38 @@ def calibrate(
     2
     """
     _native.choice("method", method, tuple(_METHODS))
-    if not callable(network):
-        raise TypeError(f"network must be a BatchNorm or a callable, got {type(network).__name__}")
-    found = find_layers(network)
-    collectors = [_METHODS[method](name, layer) for name, layer in named_layers(network, found, layers)]
-    run: Callable[[Any], Any] = network
-    watches = [(c.layer, c.instead) for c in collectors]
-    if len(collectors) == 1 and collectors[0].layer is network and type(network).__call__ is BatchNorm.__call__:
-        # Its output is for nobody, so a batch may be a single value; and other threads may call it.
-        run, watches = collectors[0].collect, [(network, functools.partial(aside, network))]
-    with watched(found, watches):
-        for collector in collectors:
-            collector.start()
-        feed(batches, run, "calibrate", progress)
-        ready = [c.committed() for c in collectors]
-        with contextlib.ExitStack() as held:
-            for collector in sorted(collectors, key=lambda c: id(c.layer)):
-                held.enter_context(collector.layer._lock)
-            # As in a training call, no signal comes in between: all layers change, or none.
-            deque(starmap(_native.commit, ready), maxlen=0)
+    watch(network, batches, _METHODS[method], _commit, layers=layers, description="calibrate", progress=progress)
 
 
-class _Collector:
-    """What becomes the statistics of one layer. Its network may call it from several threads."""
+def _commit(collectors: list[_Collector], _: int) -> None:
+    """Let all layers change, or none: as in a training call, no signal comes in between."""
+    ready = [c.committed() for c in collectors]
+    locks = [c.layer._lock for c in sorted(collectors, key=lambda c: id(c.layer))]
+    # To take a lock and to note it is one step, as to give all back is: a signal in between would leave a layer locked.
+    held: list[Any] = []
+    give_back: Callable[[], Any] = functools.partial(deque, map(methodcaller("release"), held), 0)
+    try:
+        held.extend(filter(methodcaller("acquire"), locks))
+        deque(starmap(_native.commit, ready), maxlen=0)
+    finally:
+        give_back()
+
+
+class _Collector(Watcher):
+    """What becomes the statistics of one layer."""
 
     def __init__(self, name: str, layer: BatchNorm) -> None:
-        self.name, self.layer = name, layer
+        super().__init__(name, layer)
         self.lock = threading.Lock()
         self.batches = 0
 
-    def start(self) -> None:
-        """Begin, once nobody else is at the layer."""
-
-    def instead(self, x: Any, residual: Any, out: Any) -> Any:
-        """What the layer does instead of its forward: normalize with the batch's statistics, and give them here."""
-        self.collect(x)
-        return by_batch(self.layer, x, residual, out)
-
-    def collect(self, x: Any) -> None:
-        found = check_batch(self.name, self.layer, x)
-        if found.count:
-            # Whatever the caller made of errors in NumPy: those of the network are his, and these are not.
-            with self.lock, np.errstate(all="ignore"):
-                self.add(found)
-                self.batches += 1
-
     def add(self, found: Moments) -> None:
+        # Whatever the caller made of errors in NumPy: those of the network are his, and these are not.
+        with self.lock, np.errstate(all="ignore"):
+            self.gather(found)
+            self.batches += 1
+
+    def gather(self, found: Moments) -> None:
         raise NotImplementedError
 
     def statistics(self) -> tuple[_Float64, _Float64]:
@@ -188,7 +174,7 @@ class _Exact(_Collector):
         super().__init__(name, layer)
         self.sums = ExactSums(layer.num_features)
 
-    def add(self, found: Moments) -> None:
+    def gather(self, found: Moments) -> None:
         self.sums.add(found)
 
     def statistics(self) -> tuple[_Float64, _Float64]:
@@ -202,9 +188,8 @@ class _Cumulative(_Collector):
         super().__init__(name, layer)
         self.means, self.variances = ExactSums(layer.num_features), ExactSums(layer.num_features)
 
-    def add(self, found: Moments) -> None:
-        if found.count < 2:
-            raise ValueError(f"{self.name} needs more than 1 value per channel in every batch, got 1")
+    def gather(self, found: Moments) -> None:
+        self.refuse_single(found)
         nothing = np.zeros(self.layer.num_features)
         self.means.add(Moments(1, found.mean, nothing, found.mean_lo))
         self.variances.add(Moments(1, found.var(ddof=1), nothing))
@@ -216,8 +201,8 @@ class _Cumulative(_Collector):
 class _Ema(_Collector):
     """Training mode itself, on copies of the running statistics."""
 
-    def start(self) -> None:
-        layer = self.layer
+    def __init__(self, name: str, layer: BatchNorm) -> None:
+        super().__init__(name, layer)
         with layer._lock:
             self.mean, self.var, self.before = (
                 layer._running_mean.copy(), layer._running_var.copy(), layer.num_batches_tracked,
@@ -225,7 +210,7 @@ class _Ema(_Collector):
 
     def instead(self, x: Any, residual: Any, out: Any) -> Any:
         layer = self.layer
-        check_batch(self.name, layer, x)
+        self.look(x)
         with self.lock:
             momentum = 1.0 / (self.tracked() + 1) if layer.momentum is None else layer.momentum
             y, saved = _native.forward_train(
@@ -247,23 +232,6 @@ class _Ema(_Collector):
 
 
 _METHODS = {"exact": _Exact, "ema": _Ema, "cumulative": _Cumulative}
-
-
-def check_batch(name: str, layer: BatchNorm, x: Any) -> Moments:
-    """Return the moments of what a layer was given, or raise if they are not finite or of other channels."""
-    try:
-        layer._check_channels(x)
-        found = moments(x, channel_axis=layer.channel_axis)
-    except Exception as error:
-        error.add_note(f"in {name}")
-        raise
-    good = np.isfinite(found.mean) & np.isfinite(found.m2)
-    if not good.all():
-        raise ValueError(
-            f"{name} must be given finite data, got statistics that are not finite in channels "
-            f"{np.flatnonzero(~good).tolist()}"
-        )
-    return found
 
 
 class ExactSums:

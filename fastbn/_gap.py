@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import _native
-from fastbn._calibrate import ExactSums, check_batch
+from fastbn._calibrate import ExactSums
 from fastbn._layer import BatchNorm
 from fastbn._moments import Moments
-from fastbn._watch import Layers, ailments, by_batch, feed, find_layers, named_layers, watched
+from fastbn._state import ailments
+from fastbn._watch import Layers, Watcher, watch
 
 __all__ = ["GapReport", "LayerGap", "train_eval_gap"]
 
@@ -157,7 +157,7 @@ def train_eval_gap(
     -----
     While it measures, every layer normalizes with the statistics of its batch, as in training, so that it answers for
     its own running statistics and not for those of the layers before it. Nothing of any layer changes that is found in
-    the network or given in `layers`.
+    the network or given in `layers`. Who else may call them meanwhile is as with `calibrate`.
 
     The gap has two parts, whose squares add up nearly. The one is *noise*: batches differ from one another, and
     more so the smaller they are: ``small batch``. The other is that the running statistics are *stale*, which
@@ -178,33 +178,26 @@ def train_eval_gap(
     >>> report.batches, report.layers[0].cause
     (8, 'too few batches')
     """
-    if not callable(network):
-        raise TypeError(f"network must be a BatchNorm or a callable, got {type(network).__name__}")
     tolerance = _native.number("tolerance", tolerance, 0.0)
-    found = find_layers(network)
-    observers = [_Observer(name, layer) for name, layer in named_layers(network, found, layers)]
-    with watched(found, [(o.layer, o.instead) for o in observers]):
-        count = feed(batches, network, "train_eval_gap", progress)
+
+    def conclude(observers: list[_Observer], count: int) -> GapReport:
         # What comes of arrays that are not finite is told in words.
         with np.errstate(all="ignore"):
             return GapReport(tuple(o.report(tolerance) for o in observers), count)
 
+    return watch(network, batches, _Observer, conclude, layers=layers, description="train_eval_gap", progress=progress)
 
-class _Observer:
-    """The moments of all batches that a layer is given. Its network may call it from several threads."""
+
+class _Observer(Watcher):
+    """The moments of all batches that a layer is given."""
 
     def __init__(self, name: str, layer: BatchNorm) -> None:
-        self.name, self.layer = name, layer
-        self.lock = threading.Lock()
+        super().__init__(name, layer)
         self.parts: list[Moments] = []
 
-    def instead(self, x: Any, residual: Any, out: Any) -> Any:
-        found = check_batch(self.name, self.layer, x)
-        y = by_batch(self.layer, x, residual, out)
-        if found.count:
-            with self.lock:
-                self.parts.append(found)
-        return y
+    def add(self, found: Moments) -> None:
+        self.refuse_single(found)
+        self.parts.append(found)
 
     def report(self, tolerance: float) -> LayerGap:
         layer, parts = self.layer, self.parts
@@ -239,7 +232,8 @@ class _Observer:
             return float(np.mean((np.sqrt(spread) * (a - b)) ** 2 + ((whole[0] - mean) * a) ** 2)) if mean.size else 0.0
 
         # Eval mode divides by zero there, and `_scale` does not. Of an infinite bias both modes have nothing but that.
-        by_channel = np.where(running[1] + layer.eps == 0, np.inf, squared(*running)) + (bias - bias)
+        by_channel = np.where(running[1] + layer.eps == 0, np.inf, squared(*running))
+        by_channel = np.where(np.isfinite(bias), by_channel, np.nan)
         size = float(np.mean(share @ (np.sqrt(variances) * scales) ** 2 + bias**2)) if weight.size else 0.0
         noise, stale = float(np.mean(squared(*whole))) if weight.size else 0.0, apart(*running)
         off = np.abs(running[0] - whole[0]) / np.sqrt(np.maximum(whole[1] + layer.eps, np.finfo(np.float64).tiny))

@@ -33,6 +33,8 @@ def _renew_locks() -> None:
     _native.renew_lock()
     for layer in list(_layers.values()):
         layer._lock = threading.RLock()
+        if layer._watch is not None and layer._watch.thread != threading.get_ident():
+            layer._watch = None  # who was at it is not in the child
 
 
 if hasattr(os, "register_at_fork"):
@@ -233,6 +235,8 @@ class BatchNorm:
         self.grad_residual: _Array | None = None
         self._backward_follows = True
         self._last = threading.local()
+        # Who calibrates or compares it (_watch.py), and may have it do something else instead of its forward.
+        self._watch: Any = None
         _layers[id(self)] = self
 
     def _template(self) -> dict[str, _Array]:
@@ -326,6 +330,8 @@ class BatchNorm:
         >>> float(bn(x, residual=-x).max()) == 0.0
         True
         """
+        if (watch := self._watch) is not None and (instead := watch.instead_of(self)) is not None:
+            return instead(x, residual, out)  # type: ignore[no-any-return]
         running = not self._training and self._track_running_stats
         try:
             if running and not self._backward_follows:

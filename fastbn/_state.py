@@ -27,6 +27,7 @@ __all__ = [
     "MAX_BYTES",
     "IncompatibleKeys",
     "StateDict",
+    "ailments",
     "as_affine",
     "as_axis",
     "as_dtype",
@@ -146,6 +147,36 @@ def plain(value: Any) -> _Array:
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError("a masked array would lose its mask; give its .filled(value), or its .data")
     return np.asarray(value.detach() if getattr(value, "requires_grad", False) is True else value)
+
+
+def ailments(state: Mapping[str, _Array], eps: float) -> list[tuple[str, str]]:
+    """Return what of a layer's arrays eval mode cannot work with: what is wrong in brief, and with channels and advice.
+
+    Parameters come first: of those that are not finite statistics may follow.
+    """
+    found = []
+
+    def look(name: str, wrong: str, bad: _Array, advice: str) -> None:
+        if bad.any():
+            channels = np.flatnonzero(bad)
+            listed = ", ".join(map(str, channels[:5])) + (
+                f", ... ({len(channels)} in all)" if len(channels) > 5 else ""
+            )
+            found.append((f"{name} is {wrong}", f"{name} is {wrong} in channels {listed}: {advice}"))
+
+    for name in ("weight", "bias"):
+        if name in state:
+            look(name, "not finite", ~np.isfinite(state[name]), "go back to parameters from before that")
+    for name in ("running_mean", "running_var"):
+        if name in state:
+            advice = "a batch that was not finite went into it. Calibrate, and see on_nonfinite of BatchNorm"
+            look(name, "not finite", ~np.isfinite(state[name]), advice)
+    if (var := state.get("running_var")) is not None:
+        look("running_var", "negative", var < 0, "no data make it so. Calibrate, or load the statistics again")
+        if eps == 0:
+            advice = "and eps is 0, so eval mode divides by zero. Set eps, or calibrate if the data are not constant"
+            look("running_var", "zero", var == 0, advice)
+    return found
 
 
 def template(channels: int, dtype: DTypeLike, affine: bool, track_running_stats: bool) -> dict[str, _Array]:

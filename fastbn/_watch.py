@@ -3,41 +3,160 @@
 from __future__ import annotations
 
 import contextlib
-import copyreg
 import functools
-import importlib
-import os
-import sys
 import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastbn import _native
-from fastbn._layer import BatchNorm, _layers
+from fastbn._functional import moments
+from fastbn._layer import BatchNorm
+from fastbn._moments import Moments
+from fastbn._progress import bar
+from fastbn._state import ailments
 
-__all__ = [
-    "Layers",
-    "Watch",
-    "ailments",
-    "aside",
-    "by_batch",
-    "feed",
-    "find_layers",
-    "named_layers",
-    "on_terminal",
-    "watched",
-]
+__all__ = ["Layers", "Watcher", "find_layers", "watch"]
 
 Layers = BatchNorm | Iterable[BatchNorm] | Mapping[str, BatchNorm]
-# What a layer does instead of its forward.
-Watch = Callable[[Any, Any, Any], Any]
 
 _Path = tuple[str, ...]
+_W = TypeVar("_W", bound="Watcher")
+_T = TypeVar("_T")
+
+
+class Watcher:
+    """What is gathered of one layer while it is watched. Its network may call it from several threads."""
+
+    def __init__(self, name: str, layer: BatchNorm) -> None:
+        self.name, self.layer = name, layer
+
+    def instead(self, x: Any, residual: Any, out: Any) -> Any:
+        """What the layer does instead of its forward: normalize with the statistics of the batch, which it notes."""
+        found, layer = self.look(x), self.layer
+        y, _ = _native.forward(
+            x, layer._weight, layer._bias, layer.eps, layer.channel_axis, layer.activation, layer.negative_slope,
+            residual, out,
+        )  # fmt: skip
+        self._note(found)
+        return y if out is None else out
+
+    def collect(self, x: Any) -> None:
+        """Note the statistics of a batch whose output is for nobody."""
+        self._note(self.look(x))
+
+    def look(self, x: Any) -> Moments:
+        """Return the moments of what the layer was given, or raise if they are not finite or of other channels."""
+        try:
+            self.layer._check_channels(x)
+            found = moments(x, channel_axis=self.layer.channel_axis)
+        except Exception as error:
+            error.add_note(f"in {self.name}")
+            raise
+        good = np.isfinite(found.mean) & np.isfinite(found.m2)
+        if not good.all():
+            raise ValueError(
+                f"{self.name} must be given finite data, got statistics that are not finite in channels "
+                f"{np.flatnonzero(~good).tolist()}"
+            )
+        return found
+
+    def _note(self, found: Moments) -> None:
+        if found.count:
+            self.add(found)
+
+    def add(self, found: Moments) -> None:
+        raise NotImplementedError
+
+    def refuse_single(self, found: Moments) -> None:
+        if found.count < 2:
+            raise ValueError(f"{self.name} needs more than 1 value per channel in every batch, got 1")
+
+
+class _Session:
+    """One call that watches layers. It is at them while `lock` is held: a mark of it that stays behind says nothing."""
+
+    def __init__(self) -> None:
+        self.lock, self.thread = threading.Lock(), threading.get_ident()
+        self.instead: dict[int, Callable[[Any, Any, Any], Any]] = {}
+
+    def instead_of(self, layer: BatchNorm) -> Callable[[Any, Any, Any], Any] | None:
+        """What a layer with the mark of this session is to do instead of its forward, if not that."""
+        return self.instead.get(id(layer)) if self.lock.locked() else None
+
+    def claim(self, layers: Iterable[BatchNorm]) -> None:
+        for layer in layers:
+            with layer._lock:
+                if layer._watch is not None and layer._watch.lock.locked():
+                    raise RuntimeError(
+                        "a layer can be calibrated or compared by one call at a time, and another is at it"
+                    )
+                layer._watch = self
+
+    def release(self, layers: Iterable[BatchNorm]) -> None:
+        for layer in layers:
+            if layer._watch is self:  # nobody else's, where another was at it
+                layer._watch = None
+
+
+def watch(
+    network: Callable[[Any], Any],
+    batches: Iterable[Any],
+    watcher: Callable[[str, BatchNorm], _W],
+    conclude: Callable[[list[_W], int], _T],
+    *,
+    layers: Layers | None,
+    description: str,
+    progress: bool | None,
+) -> _T:
+    """Run batches through a network whose layers are watched, and return what `conclude` makes of watchers and count.
+
+    A call changes nothing of any layer: those that are found besides stand `aside`. A layer is watched by one at a
+    time, until after `conclude`.
+    """
+    if not callable(network):
+        raise TypeError(f"network must be a BatchNorm or a callable, got {type(network).__name__}")
+    found = find_layers(network)
+    named = named_layers(network, found, layers)
+    chosen = {id(layer): (name, layer) for name, layer in named}
+    every = ({id(layer): (name, layer) for name, layer in found.items()} | chosen).values()
+    # Then what it makes of a batch is for nobody, so that may be a single value; and others may call it.
+    alone = len(named) == 1 and named[0][1] is network and type(network).__call__ is BatchNorm.__call__
+    session = _Session()
+    with session.lock:  # which, unlike code in Python, no signal can keep from giving back
+        try:
+            session.claim(layer for _, layer in every)
+            watchers = [watcher(name, layer) for name, layer in named]
+            if not alone:
+                session.instead = {id(layer): functools.partial(aside, layer) for _, layer in every}
+                session.instead |= {id(w.layer): w.instead for w in watchers}
+            count = feed(batches, watchers[0].collect if alone else network, description, progress)
+            return conclude(watchers, count)
+        except ValueError as error:
+            # What comes out of a layer that is ill is blamed on the data of those after it.
+            for name, layer in every:
+                state = BatchNorm.state_dict(layer)  # whatever a subclass says
+                if layer.training or id(layer) in chosen:
+                    state.pop("running_mean", None)
+                    state.pop("running_var", None)
+                for _, words in ailments(state, layer.eps):
+                    error.add_note(f"{name}: {words}")
+            raise
+        finally:
+            session.release(layer for _, layer in every)
+
+
+def aside(layer: BatchNorm, x: Any, residual: Any, out: Any) -> Any:
+    """What `layer` makes of a batch in the mode that it is in, and nothing else of a call: a twin is called."""
+    twin = object.__new__(BatchNorm)
+    with layer._lock:
+        vars(twin).update(vars(layer), _last=threading.local())
+        if layer.track_running_stats:
+            twin._running_mean, twin._running_var = layer._running_mean.copy(), layer._running_var.copy()
+    return twin(x, residual, out)
 
 
 def find_layers(network: Any) -> dict[str, BatchNorm]:
@@ -104,134 +223,14 @@ def named_layers(network: Any, found: dict[str, BatchNorm], layers: Layers | Non
     return list(once.values())
 
 
-def by_batch(layer: BatchNorm, x: Any, residual: Any, out: Any) -> Any:
-    """What `layer` makes of a batch in training mode, and nothing else of a call: it neither moves nor remembers."""
-    y, _ = _native.forward(
-        x, layer._weight, layer._bias, layer.eps, layer.channel_axis, layer.activation, layer.negative_slope, residual,
-        out,
-    )  # fmt: skip
-    return y if out is None else out
-
-
-def aside(layer: BatchNorm, x: Any, residual: Any, out: Any) -> Any:
-    """What `layer` makes of a batch in the mode that it is in, and nothing else of a call."""
-    layer._check_channels(x)
-    if layer.training or not layer.track_running_stats:
-        if layer.track_running_stats and layer.on_nonfinite == "raise":
-            layer._refuse_nonfinite(x)
-        return by_batch(layer, x, residual, out)
-    return _native.normalize(
-        x, layer._running_mean, layer._running_var, layer._weight, layer._bias, layer.eps, layer.channel_axis,
-        layer.activation, layer.negative_slope, residual, out,
-    )  # fmt: skip
-
-
-def ailments(state: Mapping[str, NDArray[Any]], eps: float) -> list[tuple[str, str]]:
-    """Return what of a layer's arrays eval mode cannot work with: what is wrong in brief, and with channels and advice.
-
-    Parameters come first: of those that are not finite statistics may follow.
-    """
-    found = []
-
-    def look(name: str, wrong: str, bad: NDArray[Any], advice: str) -> None:
-        if bad.any():
-            channels = np.flatnonzero(bad)
-            listed = ", ".join(map(str, channels[:5])) + (
-                f", ... ({len(channels)} in all)" if len(channels) > 5 else ""
-            )
-            found.append((f"{name} is {wrong}", f"{name} is {wrong} in channels {listed}: {advice}"))
-
-    for name in ("weight", "bias"):
-        if name in state:
-            look(name, "not finite", ~np.isfinite(state[name]), "go back to parameters from before that")
-    for name in ("running_mean", "running_var"):
-        if name in state:
-            advice = "a batch that was not finite went into it. Calibrate, and see on_nonfinite of BatchNorm"
-            look(name, "not finite", ~np.isfinite(state[name]), advice)
-    if (var := state.get("running_var")) is not None:
-        look("running_var", "negative", var < 0, "no data make it so. Calibrate, or load the statistics again")
-        if eps == 0:
-            advice = "and eps is 0, so eval mode divides by zero. Set eps, or calibrate if the data are not constant"
-            look("running_var", "zero", var == 0, advice)
-    return found
-
-
-class _Watched(BatchNorm):
-    """The class of a layer that is watched: below its own, so that what a subclass does around a call still happens."""
-
-    _watch: Watch
-    _own: type[BatchNorm]
-    _thread: int
-
-    def __call__(self, x: Any, residual: Any = None, out: Any = None) -> Any:
-        return self._watch(x, residual, out)
-
-    forward = __call__
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """As a copy or a pickle, it is of its own class, which nobody watches."""
-        reduced: Any = super().__reduce_ex__(protocol)
-        make, args, *rest = reduced
-        # Of this one pickle wants that the class be the object's.
-        if make is copyreg.__newobj__:  # type: ignore[attr-defined]
-            make = object.__new__
-        return make, tuple(self._own if arg is type(self) else arg for arg in args), *rest
-
-
-def _release_in_child() -> None:
-    """What another thread watched at the moment of a fork nobody would give back in the child."""
-    for layer in list(_layers.values()):
-        if isinstance(layer, _Watched) and layer._thread != threading.get_ident():
-            layer.__class__ = layer._own  # type: ignore[assignment]
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_release_in_child)
-
-
-@contextlib.contextmanager
-def watched(found: dict[str, BatchNorm], watches: Iterable[tuple[BatchNorm, Watch]]) -> Iterator[None]:
-    """Let layers do something else instead of their forward, and let those that were found besides stand `aside`.
-
-    So a call changes nothing of any layer. Each is watched by one at a time.
-    """
-    chosen = {id(layer): (layer, watch) for layer, watch in watches}
-    others = {id(layer): (layer, functools.partial(aside, layer)) for layer in found.values()}
-    with contextlib.ExitStack() as undo:
-        for layer, watch in (others | chosen).values():
-            with layer._lock:
-                own = type(layer)
-                if issubclass(own, _Watched):
-                    raise RuntimeError(
-                        "a layer can be calibrated or compared by one call at a time, and another is at it"
-                    )
-                bases = (_Watched,) if own is BatchNorm else (own, _Watched)
-                undo.callback(setattr, layer, "__class__", own)
-                # All that is changed is the class: one step there, and one back.
-                members = {"__module__": own.__module__, "_watch": staticmethod(watch), "_own": own}
-                members["_thread"] = threading.get_ident()
-                layer.__class__ = type(own.__name__, bases, members)
-        try:
-            yield
-        except ValueError as error:
-            # What comes out of a layer that is ill is blamed on the data of those after it.
-            for name, layer in found.items():
-                state = BatchNorm.state_dict(layer)
-                if layer.training or id(layer) in chosen:
-                    state.pop("running_mean", None), state.pop("running_var", None)
-                for _, words in ailments(state, layer.eps):
-                    error.add_note(f"{name}: {words}")
-            raise
-
-
 def feed(batches: Iterable[Any], run: Callable[[Any], Any], description: str, progress: bool | None) -> int:
     """Run every batch (of a tuple or list, its first element) and return how many there were, at least one."""
     if not isinstance(batches, Iterable) or hasattr(batches, "__array__") or hasattr(batches, "__dlpack__"):
         kind = type(batches).__name__
         raise TypeError(f"batches must be an iterable of batches, got {kind}: put a single batch in a list")
     count = 0
-    with _bar(batches, description, progress) as bar:
-        for batch in bar:
+    with bar(batches, description, progress) as shown:
+        for batch in shown:
             if isinstance(batch, (tuple, list)):
                 if not batch:
                     raise ValueError(f"batch {count} must begin with the data, got an empty {type(batch).__name__}")
@@ -245,25 +244,6 @@ def feed(batches: Iterable[Any], run: Callable[[Any], Any], description: str, pr
     if not count:
         raise ValueError("batches must have at least one batch, got none")
     return count
-
-
-def on_terminal() -> bool:
-    """Whether somebody sees a bar: not in a log, and not without a stderr, as under pythonw."""
-    return sys.stderr is not None and sys.stderr.isatty()
-
-
-def _bar(batches: Iterable[Any], description: str, progress: bool | None) -> contextlib.AbstractContextManager[Any]:
-    wanted = on_terminal() if progress is None else _native.flag("progress", progress)
-    if not wanted or sys.stderr is None:
-        return contextlib.nullcontext(batches)
-    try:
-        tqdm = importlib.import_module("tqdm").tqdm
-    except ImportError:
-        if progress:
-            raise ImportError("progress=True needs tqdm, which is not installed") from None
-        return contextlib.nullcontext(batches)
-    bar: contextlib.AbstractContextManager[Any] = tqdm(batches, desc=description, unit="batch", leave=False)
-    return bar
 
 
 def _is_opaque(thing: Any) -> bool:

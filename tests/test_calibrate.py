@@ -6,11 +6,14 @@ The reference is the twin on the concatenated data, in float64 and wider, and fr
 import contextlib
 import copy
 import functools
+import gc
+import io
 import itertools
 import pickle
 import sys
 import time
 import types
+import weakref
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -23,7 +26,7 @@ from tolerance import assert_close
 
 import fastbn
 from fastbn._calibrate import ExactSums
-from fastbn._watch import find_layers
+from fastbn._watch import Watcher, find_layers
 
 SIZES = (1, 2, 700, 3, 1, 64, 17, 250, 5)
 
@@ -258,7 +261,7 @@ FAILURES = {
 @pytest.mark.parametrize("method", ["exact", "ema", "cumulative"])
 @pytest.mark.parametrize("failure", FAILURES)
 def test_on_any_error_all_is_as_it_was(rng, failure, method):
-    """Seeded bugs: statistics that are written as they come, classes that are not put back."""
+    """Seeded bugs: statistics that are written as they come, layers that stay watched."""
     make, error, message = FAILURES[failure]
     network = Network().change()
     before = [bits(layer) for layer in network.layers]
@@ -353,7 +356,11 @@ class Watched:
     def note(self, *_):
         self.seen.append((self.layer._running_mean.tobytes(), self.layer._running_var.tobytes()))
 
-    __enter__ = __exit__ = note
+    def acquire(self):
+        self.note()
+        return True
+
+    __enter__ = __exit__ = release = note
 
 
 @pytest.mark.parametrize("method", ["exact", "ema", "cumulative"])
@@ -380,7 +387,7 @@ def test_a_layer_that_is_called_twice_sees_both(rng):
 
 
 def test_a_network_may_use_threads(rng, request):
-    """Seeded bug: collecting without a lock, or from this thread alone."""
+    """Seeded bug: collecting from this thread alone."""
     before = sys.getswitchinterval()
     request.addfinalizer(lambda: sys.setswitchinterval(before))
     sys.setswitchinterval(1e-6)
@@ -399,12 +406,21 @@ class Halved(fastbn.BatchNorm):
         return super().__call__(x * np.float32(0.5), residual, out)
 
 
-def test_a_subclass_keeps_its_call(rng):
+class Direct(fastbn.BatchNorm):
+    """The same, by name."""
+
+    def __call__(self, x, residual=None, out=None):
+        return fastbn.BatchNorm.__call__(self, x * np.float32(0.5), residual, out)
+
+
+@pytest.mark.parametrize("cls", [Halved, Direct])
+def test_a_subclass_keeps_its_call(rng, cls):
+    """Seeded bug: what is watched is a method of the layer's class, which a call by name goes past."""
     x = data(rng)
-    bn, other = Halved(3), fastbn.BatchNorm(3)
+    bn, other = cls(3), fastbn.BatchNorm(3)
     fastbn.calibrate(lambda batch: bn(batch), [x])
     fastbn.calibrate(other, [x * np.float32(0.5)])
-    assert type(bn) is Halved
+    assert type(bn) is cls
     assert_array_equal(bn.running_mean, other.running_mean)
 
 
@@ -577,6 +593,11 @@ def test_progress(rng, monkeypatch, run):
     assert Bar.made == []
     monkeypatch.setattr(sys, "stderr", None)  # as under pythonw
     run(fastbn.BatchNorm(3), [x, x], progress=True)
+    closed = io.StringIO()
+    closed.close()
+    for stderr in (None, types.SimpleNamespace(write=lambda text: None), closed):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        run(fastbn.BatchNorm(3), [x, x])
 
 
 @pytest.mark.parametrize("run", [fastbn.calibrate, fastbn.train_eval_gap])
@@ -673,23 +694,9 @@ def test_one_thread_at_a_time(rng, run):
     run(bn, [x, x])
 
 
-class Meta(type):
-    """Calls `made` for every class of it."""
-
-    made = staticmethod(lambda: None)
-
-    def __new__(cls, *args):
-        cls.made()
-        return super().__new__(cls, *args)
-
-
-class Made(fastbn.BatchNorm, metaclass=Meta):
-    __slots__ = ("slot",)
-
-
-def test_to_look_and_to_hold_is_one_step(rng, monkeypatch):
-    """Another thread comes just between. Seeded bug: no lock."""
-    x, bn, others = data(rng)[:20], Made(3), []
+def test_to_look_and_to_hold_is_one_step(rng):
+    """Another thread comes just between, at a layer with the mark of a call that is over. Seeded bug: no lock."""
+    x, bn, others = data(rng)[:20], fastbn.BatchNorm(3), []
 
     def batches():
         with pytest.raises(RuntimeError, match="by one call at a time"):
@@ -702,48 +709,179 @@ def test_to_look_and_to_hold_is_one_step(rng, monkeypatch):
             if not others:
                 others.append(pool.submit(fastbn.calibrate, bn, [x]))
                 wait(others, 0.05)  # in vain
+            return False
 
-        monkeypatch.setattr(Meta, "made", come_between)
+        bn._watch = types.SimpleNamespace(lock=types.SimpleNamespace(locked=come_between))
         fastbn.calibrate(bn, batches())
-    assert type(bn) is Made
+    assert bn.num_batches_tracked == 1
 
 
-def test_of_many_threads_one_calibrates(rng, request):
-    """At any time. Seeded bug: a layer that is free before its statistics are written."""
-    before = sys.getswitchinterval()
-    request.addfinalizer(lambda: sys.setswitchinterval(before))
-    sys.setswitchinterval(1e-6)
-    x, bn, inside, most = data(rng)[:20], fastbn.BatchNorm(3), [], []
+def test_what_a_layer_has_is_read_once_it_is_held(rng):
+    """Another call ends just before. Seeded bug: running statistics to go on from that are older than the hold."""
+    bn = fastbn.BatchNorm(3)
 
-    def batches():
-        inside.append(1)
-        yield x
-        most.append(len(inside))
-        time.sleep(1e-4)
-        inside.pop()
+    def end():
+        bn.num_batches_tracked, bn.running_mean = 7, [100.0] * 3
+        return False
 
-    def once(_):
-        with contextlib.suppress(RuntimeError):
-            fastbn.calibrate(bn, batches())
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(once, range(400)))
-    assert set(most) == {1}
-    assert type(bn) is fastbn.BatchNorm
+    bn._watch = types.SimpleNamespace(lock=types.SimpleNamespace(locked=end))
+    fastbn.calibrate(bn, [data(rng)[:20]], "ema")
+    assert bn.num_batches_tracked == 8
+    assert bn.running_mean.min() > 50
 
 
-def test_a_layer_alone_may_serve_meanwhile(rng):
-    """Other threads' calls of it are no batches, and get what eval mode makes. Seeded bug: they are watched."""
-    x = data(rng)[:20]
-    bn, other = fastbn.BatchNorm(3).eval(), fastbn.BatchNorm(3).eval()
+def test_a_layer_is_held_until_its_statistics_are_written(rng, monkeypatch):
+    """Another thread comes just before. Seeded bug: a layer that is free by then."""
+    x, bn, others, ready = data(rng)[:20], fastbn.BatchNorm(3), [], fastbn._calibrate._Ema.committed
+    with ThreadPoolExecutor(1) as pool:
+
+        def come_before(self):
+            if not others:
+                others.append(pool.submit(fastbn.calibrate, bn, [x], "ema"))
+                wait(others)
+            return ready(self)
+
+        monkeypatch.setattr(fastbn._calibrate._Ema, "committed", come_before)
+        fastbn.calibrate(bn, [x], "ema")
+        with pytest.raises(RuntimeError, match="by one call at a time"):
+            others[0].result()
+
+
+class Leaving(fastbn.BatchNorm):
+    """Who is at it is gone when one looks again, as with threads that run at the same time."""
+
+    looks = ()
+    _watch = property(lambda self: self.looks.pop(), lambda self, watch: None)
+
+
+def test_a_call_looks_once_who_is_at_the_layer(rng):
+    """Seeded bug: a second look, at nobody."""
+    x, bn = data(rng)[:20], Leaving(3)
+    bn.looks = [None, types.SimpleNamespace(instead_of=lambda layer: None)]
+    assert_array_equal(bn(x), fastbn.BatchNorm(3)(x))
+
+
+@pytest.mark.parametrize("run", [fastbn.calibrate, fastbn.train_eval_gap])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_alone_may_serve_meanwhile(rng, run, training):
+    """Other threads' calls of it are no batches and do what they do, and so does `backward` after them.
+
+    Seeded bugs: they are watched; they stand aside, so `backward` has what was before.
+    """
+    x, dy = data(rng)[:20], data(rng)[:20]
+    bn, other = fastbn.BatchNorm(3).train(training), fastbn.BatchNorm(3).train(training)
+
+    def serve(layer):
+        return layer(x), layer.backward(dy), layer.num_batches_tracked
 
     def batches():
         with ThreadPoolExecutor(1) as pool:
-            assert_array_equal(pool.submit(bn, x).result(), other(x))
+            pool.submit(bn, dy).result()
+            other(dy)
+            for mine, others in zip(pool.submit(serve, bn).result(), serve(other), strict=True):
+                assert_array_equal(mine, others)
         yield x
+        yield 2 * x
 
-    fastbn.calibrate(bn, batches())
-    assert bn.num_batches_tracked == 1
+    report = run(bn, batches())
+    if run is fastbn.calibrate:
+        assert bn.num_batches_tracked == 2
+        assert_close(bn.running_mean, twin.moments(np.concatenate([x, 2 * x])).mean)
+    else:
+        assert bits(bn) == bits(other)
+        assert (report.batches, bn.num_batches_tracked) == (2, 2 * training)
+
+
+def interrupted_at(k, run):
+    """Run it with an interrupt at the k-th point where Python hands signals over, and say whether there is one.
+
+    Signals are handed over where a function begins and where a call of one in C ends, which is what a profiler is told.
+    """
+    left = k
+
+    def count(frame, event, _):
+        nonlocal left
+        path = frame.f_code.co_filename
+        if event in ("call", "c_return") and ("fastbn" in path or path == contextlib.__file__):
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+
+    sys.setprofile(count)
+    try:
+        run()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return left <= 0
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_interrupt_leaves_layers_free(rng, alone):
+    """At any point. Seeded bugs: marks that stay and count, or locks that code in Python takes or gives back."""
+    x, first, second = data(rng)[:4, :, 0, 0], fastbn.BatchNorm(3), fastbn.BatchNorm(3)
+    network = first if alone else lambda x: second(first(x))
+    layers = [first] if alone else [first, second]
+
+    def use():
+        """As another thread, which a lock keeps out."""
+        for layer in layers:
+            assert layer._lock.acquire(blocking=False)
+            layer._lock.release()
+            before = layer.num_batches_tracked
+            layer(x)
+            assert layer.num_batches_tracked == before + 1
+
+    points = itertools.count(1)
+    with ThreadPoolExecutor(1) as pool:
+        while interrupted_at(next(points), lambda: fastbn.calibrate(network, [x], "ema")):
+            pool.submit(use).result()
+            fastbn.calibrate(network, [x], "ema")
+    assert next(points) > 50
+
+
+@pytest.mark.parametrize("method", ["exact", "cumulative", "ema"])
+def test_threads_of_a_network_add_up_one_after_another(rng, monkeypatch, method):
+    """Seeded bug: no lock."""
+    owner, name = (fastbn._native, "forward_train") if method == "ema" else (ExactSums, "add")
+    real, inside, most = getattr(owner, name), [], []
+
+    def slow(*args):
+        inside.append(1)
+        time.sleep(1e-3)
+        most.append(len(inside))
+        made = real(*args)
+        inside.pop()
+        return made
+
+    monkeypatch.setattr(owner, name, slow)
+    x, bn = data(rng)[:20], fastbn.BatchNorm(3)
+    with ThreadPoolExecutor(4) as pool:
+        fastbn.calibrate(lambda batch: list(pool.map(bn, [batch] * 8)), [x], method, layers=bn)
+    assert set(most) == {1}
+    assert len(most) == (16 if method == "cumulative" else 8)
+
+
+@pytest.mark.parametrize("run", [fastbn.calibrate, fastbn.train_eval_gap])
+def test_what_was_gathered_is_gone_with_the_call(rng, monkeypatch, run):
+    """At once. Seeded bug: a layer that keeps the mark of the call, and with it what holds the layer."""
+    made, init = [], Watcher.__init__
+
+    def noted(self, *args):
+        made.append(weakref.ref(self))
+        init(self, *args)
+
+    monkeypatch.setattr(Watcher, "__init__", noted)
+    bn = fastbn.BatchNorm(3)
+    gc.collect()
+    gc.disable()
+    try:
+        for network in (bn, lambda x: bn(x)):
+            run(network, [data(rng)[:20]] * 2)
+        assert [kept() for kept in made] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_subclass_alone_keeps_its_call(rng):
@@ -755,19 +893,47 @@ def test_a_subclass_alone_keeps_its_call(rng):
     assert bits(bn) == bits(other)
 
 
-def test_a_copy_made_meanwhile_is_a_layer(rng):
-    """Seeded bug: a copy of the class that watches, which nobody takes back."""
-    x = data(rng)[:20]
-    for bn in (fastbn.BatchNorm(3), Halved(3)):
-        made = []
+class Reduced(fastbn.BatchNorm):
+    """Says itself how it is copied, which is anew."""
 
-        def network(batch, bn=bn, made=made):
-            made += [copy.copy(bn), copy.deepcopy(bn), pickle.loads(pickle.dumps(bn))]
-            return bn(batch)
+    def __reduce__(self):
+        return type(self), (self.num_features,)
 
-        fastbn.calibrate(network, [x])
-        assert {type(layer) for layer in made} == {type(bn)}
-        assert_array_equal(made[0](x), made[2](x))
+
+class Unusual(fastbn.BatchNorm):
+    """Does not like to be subclassed, nor what Python alone assigns."""
+
+    def __new__(cls, channels):
+        return super().__new__(cls)
+
+    def __getnewargs__(self):
+        return (self.num_features,)
+
+    def __init_subclass__(cls, *, kind):
+        raise AssertionError(kind)
+
+    def __setattr__(self, name, value):
+        assert not name.startswith("__")
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("cls", [fastbn.BatchNorm, Halved, Reduced, Unusual])
+def test_a_copy_made_meanwhile_is_a_layer(rng, cls):
+    """Which nobody watches. Seeded bugs: a class that is another while it is watched, a copy that is watched, too."""
+    x, bn, made = data(rng)[:20], cls(3), []
+
+    def network(batch):
+        made.extend([copy.copy(bn), copy.deepcopy(bn), pickle.loads(pickle.dumps(bn))])
+        for layer in made:
+            assert type(layer) is cls
+            layer(batch)
+            fastbn.calibrate(layer, [batch, batch])
+        return bn(batch)
+
+    fastbn.calibrate(network, [x], layers=bn)
+    assert [layer.num_batches_tracked for layer in made] == [2, 2, 2]
+    assert bn.num_batches_tracked == 1
+    assert_array_equal(made[0](x), made[2](x))
 
 
 @pytest.mark.parametrize("method", ["exact", "ema", "cumulative"])

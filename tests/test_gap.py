@@ -5,6 +5,7 @@ Seeded bugs: a gap against the biased variance, a noise taken for staleness, ini
 
 import dataclasses
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -272,6 +273,25 @@ def test_what_a_broken_layer_makes_is_not_blamed_on_the_data_alone(rng, run):
     with pytest.raises(ValueError, match="must be given finite data") as error:
         run(lambda x: second(first(x)), given, layers=second)
     assert any(note.startswith("first: running_var is negative in channels 3: ") for note in error.value.__notes__)
+
+
+@pytest.mark.parametrize("run", [fastbn.calibrate, fastbn.train_eval_gap])
+def test_notes_know_what_they_are_about(rng, run):
+    """Seeded bugs: notes of the layers that were found alone, of what a subclass says of its arrays, and of running
+    statistics of a layer in eval mode that are collected, so that nobody used them.
+    """
+    layers = first, second = Renamed(4).eval(), fastbn.BatchNorm(4)
+    first.weight[1], first.running_mean[2] = np.nan, np.nan
+    hidden = weakref.ref(first), weakref.ref(second)  # which no walk looks into
+
+    def network(x):
+        return hidden[1]()(hidden[0]()(x))
+
+    for given, name in ((layers, "layers.0"), ({"a": first, "b": second}, "a")):
+        with pytest.raises(ValueError, match="must be given finite data") as error:
+            run(network, batches(rng, 3, 16), layers=given)
+        notes = [note for note in error.value.__notes__ if "finite" in note]
+        assert [note.partition(" in channels")[0] for note in notes] == [f"{name}: weight is not finite"]
 
 
 @pytest.mark.filterwarnings("error")

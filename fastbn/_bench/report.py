@@ -21,7 +21,7 @@ from fastbn import _native
 from fastbn._bench.cases import Case, format_shape
 from fastbn._bench.engine import Group, Result
 from fastbn._bench.peers import Copy, Fastbn, Peer
-from fastbn._watch import on_terminal
+from fastbn._progress import on_terminal
 
 T = TypeVar("T")
 Section = tuple[Case, list[Group]]
