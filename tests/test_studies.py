@@ -13,7 +13,6 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import ClassVar
 
 import pytest
 
@@ -33,12 +32,10 @@ every_study = pytest.mark.parametrize("name", STUDIES)
 
 
 class Watched(Settings):
-    """Notes which of the settings are asked for."""
-
-    asked: ClassVar[set[str]] = set()
+    """Notes in `asked` which of the settings are asked for."""
 
     def __getattribute__(self, name):
-        Watched.asked.add(name)
+        super().__getattribute__("__dict__").setdefault("asked", set()).add(name)
         return super().__getattribute__(name)
 
 
@@ -51,12 +48,12 @@ def test_its_claims_hold_in_short(name, tmp_path):
         if (error.name or "").partition(".")[0] != "torch":
             raise
         pytest.skip("needs PyTorch")
+    settings = Watched(seeds=(0,), short=True)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        Watched.asked.clear()
-        claims = perform(study, Watched(seeds=(0,), short=True), tmp_path)
+        claims = perform(study, settings, tmp_path)
     assert claims
     options = {"path": "data", "steps": "steps", "paper": "paper"}
-    assert {option for name, option in options.items() if name not in Watched.asked} == set(without(name))
+    assert {option for name, option in options.items() if name not in settings.asked} == set(without(name))
     assert [str(claim) for claim in claims if not claim.holds and not claim.timing] == []
     assert study.TITLE in printed.getvalue()
     assert "Data: " in printed.getvalue()

@@ -87,10 +87,10 @@ def epilogue(numbers: dict[str, Any]) -> str:
     return format_table(header, rows)
 
 
-def wander(percentiles: Any) -> float:
-    """How far the median input strays over training, in units of the final distance between the outer percentiles."""
-    low, middle, high = np.asarray(percentiles).T
-    return ratios(np.ptp(middle), high[-1] - low[-1])
+def wander(percentiles: Any) -> list[float]:
+    """How far the median input strays over training, in final distances of the outer percentiles, for each seed."""
+    low, middle, high = np.moveaxis(np.asarray(percentiles, float), -1, 0)
+    return ratios(np.ptp(middle, 1), high[:, -1] - low[:, -1])
 
 
 def claims(numbers: dict[str, Any]) -> list[Claim]:
@@ -99,7 +99,7 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
     sooner = times_fewer(
         *([steps_to(numbers["at"], *pair) for pair in zip(curves, marks, strict=True)] for curves in (plain, norm))
     )
-    calmer = ratios(*([wander(p) for p in numbers[kind]["percentiles"]] for kind in KINDS))
+    calmer = ratios(*(wander(numbers[kind]["percentiles"]) for kind in KINDS))
     return [
         Claim(
             "With batch norm the plain network's best accuracy is reached in fewer steps.",
@@ -122,7 +122,7 @@ def table(numbers: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     for kind, (_, _, label) in KINDS.items():
         curves = np.asarray(numbers[kind]["accuracy"])
         to90 = [steps_to(numbers["at"], curve, 0.9) for curve in curves]
-        strays = [wander(p) for p in numbers[kind]["percentiles"]]
+        strays = wander(numbers[kind]["percentiles"])
         rows.append(
             [
                 label,

@@ -114,11 +114,11 @@ def part(images: Dataset, seed: int) -> tuple[Dataset, np.random.Generator]:
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    # Each seed trains on three quarters, of which at least two pixels must vary to be correlated.
-    pictures, steps = settings.images(train=-(-4 * BATCH // 3), varying=2), settings.count(STEPS, short=SHORT_STEPS)
+    # Each seed trains on three quarters ...
+    pictures, steps = settings.images(train=-(-4 * BATCH // 3)), settings.count(STEPS, short=SHORT_STEPS)
     images = pictures.flat()
-    for seed in settings.seeds:
-        part(images, seed)[0].require(train=BATCH, varying=2)
+    for seed in settings.seeds:  # ... of which at least two pixels must vary to be correlated
+        part(images, seed)[0].require(varying=2)
     at = evaluation_steps(steps)
     numbers: dict[str, Any] = settings.header(images, steps) | {"at": at, "widths": WIDTHS}
     numbers["note"] = (
