@@ -96,8 +96,8 @@ cdef extern from "plan.h" nogil:
         bint gated, adjacent
     ctypedef struct fbn_plan:
         int team
-        int64_t slab, tile, panel
-        bint stream, backwards, ahead, warm
+        int64_t slab, tile, side, panel, ahead
+        bint stream, turns, backwards, warm
     fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *machine)
     void fbn_machine_init()
     const fbn_machine *fbn_this_machine()
@@ -1414,8 +1414,8 @@ def plan(str op, str dtype, str family, outer, channels, inner, threads, gated=F
     if machine is not None:
         m.l2, m.l3 = machine["l2"], machine["l3"]
     p = fbn_make_plan(&g, &call, &m)
-    return {"team": p.team, "slab": p.slab, "tile": p.tile, "panel": p.panel, "stream": bool(p.stream),
-            "backwards": bool(p.backwards), "ahead": bool(p.ahead), "warm": bool(p.warm)}
+    return {"team": p.team, "slab": p.slab, "tile": p.tile, "side": p.side, "panel": p.panel, "ahead": p.ahead,
+            "stream": bool(p.stream), "turns": bool(p.turns), "backwards": bool(p.backwards), "warm": bool(p.warm)}
 
 
 def copy(src, dst, int threads):

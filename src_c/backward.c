@@ -12,11 +12,20 @@ typedef struct {
     double *sum_dy, *sum_dy_xmu; /* what a reduce writes */
 } fbn_backward_call;
 
-/* Combines the strips, and settles what the kernels left out: they subtract the mean rounded to the arithmetic. */
-static void fbn_backward_settle(fbn_backward_call *b, int64_t first, int64_t last)
+/* What a reduce needs of the forward's coefficients: all, or nothing. */
+static void fbn_backward_prepare(void *context, fbn_coefs *coefs, int64_t first, int64_t last)
+{
+    const fbn_backward_call *b = context;
+    const bool recomputes_sign = b->work.pass.rule.kind != FBN_IDENTITY && b->work.pass.gate == NULL;
+    if (recomputes_sign) {
+        fbn_coefs_fill(coefs, &b->affine, b->batch, NULL, first, last);
+    }
+}
+
+/* From combined partials to sums: what the kernels left out, as they subtract the mean rounded to the arithmetic. */
+static void fbn_backward_sum(fbn_backward_call *b, int64_t first, int64_t last)
 {
     const fbn_partials *p = &b->work.partials;
-    fbn_combine(&b->work.pass, &b->work.partials, first, last);
     for (int64_t c = first; c < last; c++) {
         double hi = fbn_round_mean(b->work.pass.g.dtype, b->affine.mean[c]);
         double rest = (b->affine.mean[c] - hi) + (b->affine.mean_lo == NULL ? 0.0 : b->affine.mean_lo[c]);
@@ -25,29 +34,18 @@ static void fbn_backward_settle(fbn_backward_call *b, int64_t first, int64_t las
     }
 }
 
-/* What a reduce needs of the forward's coefficients: all, or nothing. */
-static bool fbn_recomputes_sign(const fbn_backward_call *b)
-{
-    return b->work.pass.rule.kind != FBN_IDENTITY && b->work.pass.gate == NULL;
-}
-
-static void fbn_backward_slab(void *context, int tid, int64_t first, int64_t last, int64_t ahead)
+static void fbn_backward_settle(void *context, fbn_coefs *coefs, int64_t first, int64_t last)
 {
     fbn_backward_call *b = context;
-    fbn_coefs coefs = b->work.coefs; /* the same arrays, but this slab's own flags */
-    if (fbn_recomputes_sign(b)) {
-        fbn_coefs_fill(&coefs, &b->affine, b->batch, NULL, first, last);
-    }
-    fbn_reduce(&b->work.pass, &b->work.partials, b->affine.mean, &coefs, &b->work.rooms[tid], first, last, 0, 1);
-    fbn_backward_settle(b, first, last);
-    fbn_coefs_fill(&coefs, &b->affine, b->batch, &b->sums, first, last);
-    fbn_apply_pass(&b->work.pass, &coefs, &b->work.rooms[tid], first, last, ahead, 0, 1);
+    fbn_backward_sum(b, first, last);
+    fbn_coefs_fill(coefs, &b->affine, b->batch, &b->sums, first, last);
 }
 
 static void fbn_backward_slabs(int tid, int team, void *context)
 {
+    static const fbn_slab_steps steps = {fbn_backward_prepare, fbn_backward_settle};
     fbn_backward_call *b = context;
-    fbn_each_slab(&b->work, tid, team, fbn_backward_slab, b);
+    fbn_each_slab(&b->work, b->affine.mean, &steps, b, tid, team);
 }
 
 static void fbn_backward_reduce_task(int tid, int team, void *context)
@@ -60,16 +58,16 @@ static void fbn_backward_reduce_task(int tid, int team, void *context)
 static void fbn_backward_apply_task(int tid, int team, void *context)
 {
     fbn_backward_call *b = context;
-    fbn_apply_pass(&b->work.pass, &b->work.coefs, &b->work.rooms[tid], 0, b->work.pass.g.channels, 0, tid, team);
+    fbn_apply_pass(&b->work.pass, &b->work.coefs, &b->work.rooms[tid], tid, team);
 }
 
 static void fbn_backward_reduce_all(fbn_backward_call *b)
 {
-    if (fbn_recomputes_sign(b)) {
-        fbn_coefs_fill(&b->work.coefs, &b->affine, b->batch, NULL, 0, b->work.pass.g.channels);
-    }
+    const int64_t channels = b->work.pass.g.channels;
+    fbn_backward_prepare(b, &b->work.coefs, 0, channels);
     fbn_parallel(b->work.pass.plan.team, fbn_backward_reduce_task, b);
-    fbn_backward_settle(b, 0, b->work.pass.g.channels);
+    fbn_combine(&b->work.pass, &b->work.partials, 0, channels);
+    fbn_backward_sum(b, 0, channels);
 }
 
 static void fbn_backward_apply_all(fbn_backward_call *b)

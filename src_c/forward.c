@@ -9,10 +9,10 @@ typedef struct {
 } fbn_forward_call;
 
 /* From combined partials to coefficients. */
-static void fbn_forward_settle(fbn_forward_call *f, fbn_coefs *coefs, int64_t first, int64_t last)
+static void fbn_forward_settle(void *context, fbn_coefs *coefs, int64_t first, int64_t last)
 {
+    fbn_forward_call *f = context;
     const fbn_partials *p = &f->work.partials;
-    fbn_combine(&f->work.pass, &f->work.partials, first, last);
     for (int64_t c = first; c < last; c++) {
         f->out->mean[c] = p->a[c];
         f->out->mean_lo[c] = p->b[c];
@@ -22,19 +22,11 @@ static void fbn_forward_settle(fbn_forward_call *f, fbn_coefs *coefs, int64_t fi
     fbn_coefs_fill(coefs, &f->affine, true, NULL, first, last);
 }
 
-static void fbn_forward_slab(void *context, int tid, int64_t first, int64_t last, int64_t ahead)
-{
-    fbn_forward_call *f = context;
-    fbn_coefs coefs = f->work.coefs; /* the same arrays, but this slab's own flags */
-    fbn_reduce(&f->work.pass, &f->work.partials, NULL, NULL, &f->work.rooms[tid], first, last, 0, 1);
-    fbn_forward_settle(f, &coefs, first, last);
-    fbn_apply_pass(&f->work.pass, &coefs, &f->work.rooms[tid], first, last, ahead, 0, 1);
-}
-
 static void fbn_forward_slabs(int tid, int team, void *context)
 {
+    static const fbn_slab_steps steps = {NULL, fbn_forward_settle};
     fbn_forward_call *f = context;
-    fbn_each_slab(&f->work, tid, team, fbn_forward_slab, f);
+    fbn_each_slab(&f->work, NULL, &steps, f, tid, team);
 }
 
 static void fbn_forward_reduce(int tid, int team, void *context)
@@ -47,7 +39,7 @@ static void fbn_forward_reduce(int tid, int team, void *context)
 static void fbn_forward_apply(int tid, int team, void *context)
 {
     fbn_forward_call *f = context;
-    fbn_apply_pass(&f->work.pass, &f->work.coefs, &f->work.rooms[tid], 0, f->work.pass.g.channels, 0, tid, team);
+    fbn_apply_pass(&f->work.pass, &f->work.coefs, &f->work.rooms[tid], tid, team);
 }
 
 fbn_status fbn_forward(const fbn_geometry *g, fbn_tensor x, const fbn_tensor *residual, fbn_tensor y, uint8_t *gate,
@@ -76,6 +68,7 @@ fbn_status fbn_forward(const fbn_geometry *g, fbn_tensor x, const fbn_tensor *re
         fbn_parallel(team, fbn_forward_slabs, &f);
     } else {
         fbn_parallel(team, fbn_forward_reduce, &f);
+        fbn_combine(&f.work.pass, &f.work.partials, 0, g->channels);
         fbn_forward_settle(&f, &f.work.coefs, 0, g->channels);
         fbn_parallel(team, fbn_forward_apply, &f);
     }

@@ -37,7 +37,7 @@ typedef struct {
 static void fbn_normalize_task(int tid, int team, void *context)
 {
     fbn_normalize_call *n = context;
-    fbn_apply_pass(&n->work.pass, n->coefs, &n->work.rooms[tid], 0, n->work.pass.g.channels, 0, tid, team);
+    fbn_apply_pass(&n->work.pass, n->coefs, &n->work.rooms[tid], tid, team);
 }
 
 fbn_status fbn_apply(const fbn_geometry *g, fbn_tensor x, const fbn_tensor *residual, fbn_tensor y, uint8_t *gate,

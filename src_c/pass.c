@@ -7,8 +7,6 @@
 #include <math.h>
 #include <stdlib.h>
 
-static int64_t fbn_min(int64_t a, int64_t b) { return a < b ? a : b; }
-
 static void *fbn_at(const fbn_tensor *t, int64_t size, int64_t o, int64_t c, int64_t i)
 {
     return t->data == NULL ? NULL : (char *)t->data + (o * t->outer_stride + c * t->channel_stride + i) * size;
@@ -130,6 +128,7 @@ static void fbn_reduce_strip(const fbn_pass *pass, fbn_partials *p, const double
         .gate_next = fbn_gate_words(g),
         .ahead = (planes * pass->x.outer_stride + channels * pass->x.channel_stride) * size,
         .other_ahead = (planes * pass->other.outer_stride + channels * pass->other.channel_stride) * size,
+        .turn = room->turn.take == NULL ? NULL : &room->turn,
     };
     fbn_coef k = pass->backward ? fbn_coefs_at(coefs, first) : (fbn_coef){0};
     const fbn_kernels *kernels = pass->kernels;
@@ -188,6 +187,20 @@ void fbn_combine(const fbn_pass *pass, fbn_partials *p, int64_t first, int64_t l
 
 /* ---- apply ---- */
 
+/* A walk in units, each a few runs. */
+typedef struct fbn_walk {
+    void (*step)(struct fbn_walk *w, int64_t unit);
+    const fbn_pass *pass;
+    const fbn_coefs *coefs;
+    fbn_coefs *panel;            /* coefs expanded */
+    int64_t first, last;         /* channels */
+    int64_t ahead;               /* how many further the channels are that are to be in cache next; 0: none */
+    int64_t side, piece, pieces; /* a unit: so many neighbours, and so much of each */
+    int64_t begin, end;          /* the units that are left */
+    int64_t ready;               /* the channel that `panel` begins with */
+    int64_t each, owed;          /* elements of a unit; and those that are to be applied by now */
+} fbn_walk;
+
 /* Rows [row, row + rows) of `width` elements that begin at channel c, as one call of a cols kernel. With `panel`, a row
  * is that many of the tensor's rows. Where no slab is to be fetched ahead, the next row is. */
 static void fbn_apply_block(const fbn_pass *pass, const fbn_coef *k, int64_t row, int64_t rows, int64_t c,
@@ -219,144 +232,159 @@ static void fbn_apply_block(const fbn_pass *pass, const fbn_coef *k, int64_t row
     }
 }
 
-/* Where the plan walks backwards, each part is walked from its end: what was read last is still in cache. */
-static int64_t fbn_turn(const fbn_pass *pass, int64_t u, int64_t begin, int64_t end)
+/* Pieces of planes, or some neighbours' planes: a call costs as much as some short ones. */
+static void fbn_apply_runs(fbn_walk *w, int64_t unit)
 {
-    return pass->plan.backwards ? begin + (end - 1 - u) : u;
-}
-
-static void fbn_apply_runs(const fbn_pass *pass, const fbn_coefs *coefs, int64_t first, int64_t last, int64_t ahead,
-                           int64_t part, int64_t parts)
-{
+    const fbn_pass *pass = w->pass;
     const fbn_geometry *g = &pass->g;
     int64_t size = fbn_dtype_size(g->dtype);
-    int64_t channels = last - first;
-    int64_t pieces = fbn_ceil_div(g->inner, FBN_PIECE);
-    /* Neighbours together where planes are short: a call costs as much as some of them. */
-    int64_t side = fbn_clamp(fbn_min(FBN_PIECE / g->inner, g->outer * channels / (parts * 4)), 1, channels);
-    int64_t sides = fbn_ceil_div(channels, side);
-    int64_t units = g->outer * sides * pieces;
-    int64_t begin = fbn_part(units, part, parts);
-    int64_t end = fbn_part(units, part + 1, parts);
-    for (int64_t u = begin; u < end; u++) {
-        int64_t unit = fbn_turn(pass, u, begin, end);
-        int64_t o = unit / pieces / sides;
-        int64_t c = first + unit / pieces % sides * side;
-        int64_t i = unit % pieces * FBN_PIECE;
-        uint16_t *gate = fbn_gate_at(pass, o, c);
-        fbn_span span = {
-            .x = fbn_at(&pass->x, size, o, c, i),
-            .other = fbn_at(&pass->other, size, o, c, i),
-            .y = fbn_at(&pass->y, size, o, c, i),
-            .extra = fbn_at(&pass->extra, size, o, c, i),
-            .gate = gate == NULL ? NULL : gate + i / 16,
-            .x_stride = pass->x.channel_stride,
-            .other_stride = pass->other.channel_stride,
-            .y_stride = pass->y.channel_stride,
-            .extra_stride = pass->extra.channel_stride,
-            .gate_stride = fbn_gate_words(g),
-            .rows = fbn_min(side, last - c),
-            .width = fbn_min(FBN_PIECE, g->inner - i),
-            .ahead = ahead > 0 ? ahead * pass->x.channel_stride * size : FBN_SOON,
-            .other_ahead = ahead > 0 ? ahead * pass->other.channel_stride * size : FBN_SOON,
-            .stream = pass->plan.stream,
-        };
-        fbn_coef k = fbn_coefs_at(coefs, c);
-        if (pass->backward) {
-            pass->kernels->backward_apply_rows(&span, &k, pass->rule);
-        } else {
-            pass->kernels->normalize_rows(&span, &k, pass->rule);
-        }
+    int64_t sides = fbn_ceil_div(w->last - w->first, w->side);
+    int64_t o = unit / w->pieces / sides;
+    int64_t c = w->first + unit / w->pieces % sides * w->side;
+    int64_t i = unit % w->pieces * w->piece;
+    uint16_t *gate = fbn_gate_at(pass, o, c);
+    fbn_span span = {
+        .x = fbn_at(&pass->x, size, o, c, i),
+        .other = fbn_at(&pass->other, size, o, c, i),
+        .y = fbn_at(&pass->y, size, o, c, i),
+        .extra = fbn_at(&pass->extra, size, o, c, i),
+        .gate = gate == NULL ? NULL : gate + i / 16,
+        .x_stride = pass->x.channel_stride,
+        .other_stride = pass->other.channel_stride,
+        .y_stride = pass->y.channel_stride,
+        .extra_stride = pass->extra.channel_stride,
+        .gate_stride = fbn_gate_words(g),
+        .rows = fbn_min(w->side, w->last - c),
+        .width = fbn_min(w->piece, g->inner - i),
+        .ahead = w->ahead > 0 ? w->ahead * pass->x.channel_stride * size : FBN_SOON,
+        .other_ahead = w->ahead > 0 ? w->ahead * pass->other.channel_stride * size : FBN_SOON,
+        .stream = pass->plan.stream,
+    };
+    fbn_coef k = fbn_coefs_at(w->coefs, c);
+    if (pass->backward) {
+        pass->kernels->backward_apply_rows(&span, &k, pass->rule);
+    } else {
+        pass->kernels->normalize_rows(&span, &k, pass->rule);
     }
 }
 
 /* Panels of channels in the rows family: short planes of neighbouring channels as one long row. */
-static void fbn_apply_planes(const fbn_pass *pass, const fbn_coefs *coefs, fbn_coefs *panel, int64_t first,
-                             int64_t last, int64_t ahead, int64_t part, int64_t parts)
+static void fbn_apply_planes(fbn_walk *w, int64_t unit)
 {
-    const fbn_geometry *g = &pass->g;
-    int64_t wide = pass->plan.panel;
-    int64_t panels = fbn_ceil_div(last - first, wide);
-    int64_t tiles = parts == 1 ? 1 : fbn_ceil_div(g->outer, FBN_PANEL_TILE);
-    int64_t units = panels * tiles;
-    int64_t ready = -1;
-    fbn_coef k = {0};
-    int64_t begin = fbn_part(units, part, parts);
-    int64_t end = fbn_part(units, part + 1, parts);
-    for (int64_t u = begin; u < end; u++) {
-        int64_t unit = fbn_turn(pass, u, begin, end);
-        int64_t c = first + unit / tiles * wide;
-        int64_t width = fbn_min(wide, last - c) * g->inner;
-        int64_t row = fbn_part(g->outer, unit % tiles, tiles);
-        int64_t rows = fbn_part(g->outer, unit % tiles + 1, tiles) - row;
-        if (c != ready) {
-            fbn_coefs_expand(panel, coefs, c, fbn_min(wide, last - c), g->inner, width, pass->backward);
-            k = fbn_coefs_at(panel, 0);
-            ready = c;
-        }
-        fbn_apply_block(pass, &k, row, rows, c, width, 0, ahead);
+    const fbn_geometry *g = &w->pass->g;
+    int64_t c = w->first + unit / w->pieces * w->side;
+    int64_t wide = fbn_min(w->side, w->last - c);
+    int64_t row = fbn_part(g->outer, unit % w->pieces, w->pieces);
+    int64_t rows = fbn_part(g->outer, unit % w->pieces + 1, w->pieces) - row;
+    if (c != w->ready) {
+        fbn_coefs_expand(w->panel, w->coefs, c, wide, g->inner, wide * g->inner, w->pass->backward);
+        w->ready = c;
+    }
+    fbn_coef k = fbn_coefs_at(w->panel, 0);
+    fbn_apply_block(w->pass, &k, row, rows, c, wide * g->inner, 0, w->ahead);
+}
+
+/* The cols family: whole rows while they are short; pieces of one row, each a multiple of 16 channels, where it is
+ * long. Where the plan has panels, that many adjacent rows are one. */
+static void fbn_apply_rows(fbn_walk *w, int64_t unit)
+{
+    const int64_t fold = w->pass->plan.panel;
+    int64_t rows = w->pass->g.outer / (fold > 0 ? fold : 1);
+    int64_t width = (w->last - w->first) * (fold > 0 ? fold : 1);
+    int64_t row = unit / w->pieces * w->side;
+    int64_t c = unit % w->pieces * w->piece;
+    fbn_coef k = fold > 0 ? fbn_coefs_at(w->panel, 0) : fbn_coefs_at(w->coefs, w->first + c);
+    fbn_apply_block(w->pass, &k, row, fbn_min(w->side, rows - row), w->first + c, fbn_min(w->piece, width - c), fold,
+                    w->ahead);
+}
+
+/* The adjacent rows that are left of a walk in panels. */
+static void fbn_apply_rest(const fbn_walk *w)
+{
+    const fbn_geometry *g = &w->pass->g;
+    const int64_t rest = g->outer % w->pass->plan.panel;
+    fbn_coef k = fbn_coefs_at(w->panel, 0);
+    if (rest > 0) {
+        fbn_apply_block(w->pass, &k, g->outer - rest, 1, w->first, rest * g->channels, 0, 0);
     }
 }
 
-/* The cols family; where the plan has panels, that many adjacent rows are one long row. */
-static void fbn_apply_rows(const fbn_pass *pass, const fbn_coefs *coefs, fbn_coefs *panel, int64_t first, int64_t last,
-                           int64_t ahead, int64_t part, int64_t parts)
+static void fbn_walk_begin(fbn_walk *w, const fbn_pass *pass, const fbn_coefs *coefs, fbn_room *room, int64_t first,
+                           int64_t last, int64_t ahead, int64_t part, int64_t parts)
 {
     const fbn_geometry *g = &pass->g;
-    int64_t fold = pass->plan.panel > 0 ? pass->plan.panel : 1;
-    int64_t width = (last - first) * fold;
-    int64_t rows = g->outer / fold;
-    /* Whole rows while they are short; pieces of one row, each a multiple of 16 channels, where it is long. */
-    int64_t chunk = fbn_min(width, FBN_PIECE);
-    int64_t chunks = fbn_ceil_div(width, chunk);
-    int64_t tile = fbn_clamp(FBN_ROWS_BYTES / (width * fbn_dtype_size(g->dtype)), 1, rows > 0 ? rows : 1);
-    int64_t tiles = fbn_ceil_div(rows, tile);
-    int64_t units = tiles * chunks;
-    int64_t begin = fbn_part(units, part, parts);
-    int64_t end = fbn_part(units, part + 1, parts);
-    fbn_coef k = fbn_coefs_at(coefs, first);
-    if (fold > 1) {
-        fbn_coefs_expand(panel, coefs, first, g->channels, 1, width, pass->backward);
-        k = fbn_coefs_at(panel, 0);
-    }
-    for (int64_t u = begin; u < end; u++) {
-        int64_t unit = fbn_turn(pass, u, begin, end);
-        int64_t row = unit / chunks * tile;
-        int64_t c = unit % chunks * chunk;
-        if (c != 0) {
-            k = fbn_coefs_at(coefs, first + c);
-        } else if (chunks > 1) {
-            k = fbn_coefs_at(coefs, first);
+    const fbn_plan *plan = &pass->plan;
+    const int64_t channels = last - first;
+    int64_t piece = plan->turns ? FBN_TURN : FBN_PIECE;
+    int64_t units;
+    *w = (fbn_walk){.pass = pass, .coefs = coefs, .panel = &room->panel, .first = first, .last = last, .ahead = ahead};
+    if (g->family == FBN_COLS) {
+        int64_t fold = plan->panel > 0 ? plan->panel : 1;
+        int64_t width = channels * fold;
+        int64_t rows = g->outer / fold;
+        w->step = fbn_apply_rows;
+        w->piece = fbn_min(width, piece);
+        w->pieces = fbn_ceil_div(width, w->piece);
+        w->side = fbn_clamp(FBN_ROWS_BYTES / (width * fbn_dtype_size(g->dtype)), 1, rows > 0 ? rows : 1);
+        units = fbn_ceil_div(rows, w->side) * w->pieces;
+        if (plan->panel > 0) {
+            fbn_coefs_expand(w->panel, coefs, first, g->channels, 1, width, pass->backward);
         }
-        fbn_apply_block(pass, &k, row, fbn_min(tile, rows - row), first + c, fbn_min(chunk, width - c),
-                        fold > 1 ? fold : 0, ahead);
+    } else if (plan->panel > 0) {
+        w->step = fbn_apply_planes;
+        w->side = plan->panel;
+        w->pieces = plan->turns  ? fbn_clamp(g->outer * w->side * g->inner / FBN_TURN, 1, g->outer)
+                    : parts == 1 ? 1
+                                 : fbn_ceil_div(g->outer, FBN_PANEL_TILE);
+        w->ready = -1;
+        units = fbn_ceil_div(channels, w->side) * w->pieces;
+    } else {
+        w->step = fbn_apply_runs;
+        w->pieces = fbn_ceil_div(g->inner, piece);
+        w->piece = fbn_ceil_div(fbn_ceil_div(g->inner, w->pieces), 16) * 16;
+        w->pieces = fbn_ceil_div(g->inner, w->piece);
+        w->side = fbn_min(plan->side, channels);
+        units = g->outer * fbn_ceil_div(channels, w->side) * w->pieces;
     }
-    if (part == parts - 1 && g->outer % fold != 0) {
-        k = fbn_coefs_at(panel, 0);
-        fbn_pass rest = *pass;
-        rest.plan.panel = 0;
-        fbn_apply_block(&rest, &k, rows * fold, 1, first, g->outer % fold * g->channels, 0, 0);
+    w->begin = fbn_part(units, part, parts);
+    w->end = fbn_part(units, part + 1, parts);
+    w->each = units > 0 ? fbn_ceil_div(g->outer * channels * g->inner, units) : 1;
+}
+
+/* Where the plan walks backwards, each part is walked from its end: what was read last is still in cache. */
+static bool fbn_walk_on(fbn_walk *w)
+{
+    if (w->begin == w->end) {
+        return false;
+    }
+    w->step(w, w->pass->plan.backwards ? --w->end : w->begin++);
+    return true;
+}
+
+static void fbn_walk_turn(void *walk, int64_t elements)
+{
+    fbn_walk *w = walk;
+    for (w->owed += elements; w->owed >= w->each && fbn_walk_on(w); w->owed -= w->each) {
+    }
+}
+
+void fbn_apply_pass(const fbn_pass *pass, const fbn_coefs *coefs, fbn_room *room, int64_t part, int64_t parts)
+{
+    fbn_walk w;
+    fbn_walk_begin(&w, pass, coefs, room, 0, pass->g.channels, 0, part, parts);
+    while (fbn_walk_on(&w)) {
+    }
+    if (pass->g.family == FBN_COLS && pass->plan.panel > 0 && part == parts - 1) {
+        fbn_apply_rest(&w);
+    }
+    if (pass->plan.stream) {
+        pass->kernels->fence();
     }
 }
 
 static int64_t fbn_panel_width(const fbn_pass *pass)
 {
     return pass->plan.panel * (pass->g.family == FBN_ROWS ? pass->g.inner : pass->g.channels);
-}
-
-void fbn_apply_pass(const fbn_pass *pass, const fbn_coefs *coefs, fbn_room *room, int64_t first, int64_t last,
-                    int64_t ahead, int64_t part, int64_t parts)
-{
-    if (pass->g.family == FBN_COLS) {
-        fbn_apply_rows(pass, coefs, &room->panel, first, last, ahead, part, parts);
-    } else if (pass->plan.panel > 0) {
-        fbn_apply_planes(pass, coefs, &room->panel, first, last, ahead, part, parts);
-    } else {
-        fbn_apply_runs(pass, coefs, first, last, ahead, part, parts);
-    }
-    if (pass->plan.stream) {
-        pass->kernels->fence();
-    }
 }
 
 /* ---- the memory of a call ---- */
@@ -438,13 +466,39 @@ fbn_status fbn_work_begin(fbn_work *w, int needs)
 
 void fbn_work_end(fbn_work *w) { free(w->memory); }
 
-void fbn_each_slab(const fbn_work *w, int tid, int team, fbn_slab_step step, void *context)
+void fbn_each_slab(fbn_work *w, const double *mean, const fbn_slab_steps *steps, void *context, int tid, int team)
 {
-    int64_t slab = w->pass.plan.slab;
-    int64_t slabs = fbn_ceil_div(w->pass.g.channels, slab);
-    int64_t end = fbn_part(slabs, tid + 1, team);
-    for (int64_t s = fbn_part(slabs, tid, team); s < end; s++) {
-        int64_t ahead = w->pass.plan.ahead && s + 1 < end ? slab : 0;
-        step(context, tid, s * slab, fbn_min((s + 1) * slab, w->pass.g.channels), ahead);
+    const fbn_pass *pass = &w->pass;
+    const int64_t slab = pass->plan.slab;
+    const int64_t slabs = fbn_ceil_div(pass->g.channels, slab);
+    const int64_t begin = fbn_part(slabs, tid, team);
+    const int64_t end = fbn_part(slabs, tid + 1, team);
+    fbn_room *room = &w->rooms[tid];
+    fbn_coefs coefs[2]; /* the same arrays, but every slab's own flags */
+    fbn_walk walk = {0};
+    for (int64_t s = begin; s < end; s++) {
+        const int64_t first = s * slab;
+        const int64_t last = fbn_min(first + slab, pass->g.channels);
+        fbn_coefs *own = &coefs[s % 2];
+        *own = w->coefs;
+        if (steps->ready != NULL) {
+            steps->ready(context, own, first, last);
+        }
+        room->turn = pass->plan.turns && s > begin ? (fbn_turn){fbn_walk_turn, &walk} : (fbn_turn){NULL, NULL};
+        fbn_reduce(pass, &w->partials, mean, own, room, first, last, 0, 1);
+        while (fbn_walk_on(&walk)) {
+        }
+        fbn_combine(pass, &w->partials, first, last);
+        steps->settle(context, own, first, last);
+        const int64_t ahead = pass->plan.ahead;
+        fbn_walk_begin(&walk, pass, own, room, first, last,
+                       first + ahead < fbn_min(end * slab, pass->g.channels) ? ahead : 0, 0, 1);
+        while (!pass->plan.turns && fbn_walk_on(&walk)) {
+        }
+    }
+    while (fbn_walk_on(&walk)) {
+    }
+    if (pass->plan.stream) {
+        pass->kernels->fence();
     }
 }

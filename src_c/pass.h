@@ -30,6 +30,7 @@ int64_t fbn_gate_words(const fbn_geometry *g); /* of one row (rows: of one run) 
 typedef struct {
     fbn_coefs panel; /* expanded coefficients */
     void *tile;      /* the sums of several channels */
+    fbn_turn turn;   /* what a reduce takes turns with */
 } fbn_room;
 
 /* Reduces the strips of channels [first, last) that are this part's. `mean` and coefs are for a backward. */
@@ -39,10 +40,8 @@ void fbn_reduce(const fbn_pass *pass, fbn_partials *p, const double *mean, const
 /* Combines the strips of channels [first, last): the results are in row 0. */
 void fbn_combine(const fbn_pass *pass, fbn_partials *p, int64_t first, int64_t last);
 
-/* Applies to this part of the elements of channels [first, last). ahead: bring the next `ahead` channels' elements into
- * cache. */
-void fbn_apply_pass(const fbn_pass *pass, const fbn_coefs *coefs, fbn_room *room, int64_t first, int64_t last,
-                    int64_t ahead, int64_t part, int64_t parts);
+/* Applies to this part of all elements. */
+void fbn_apply_pass(const fbn_pass *pass, const fbn_coefs *coefs, fbn_room *room, int64_t part, int64_t parts);
 
 /* A pass and the memory that it works in. */
 typedef struct {
@@ -59,9 +58,13 @@ enum { FBN_NEEDS_NOTHING = 0, FBN_NEEDS_SUMS = 1, FBN_NEEDS_COEFS = 2 };
 fbn_status fbn_work_begin(fbn_work *w, int needs);
 void fbn_work_end(fbn_work *w);
 
-/* Calls step for every slab of this thread's share; see fbn_apply_pass for ahead. */
-typedef void (*fbn_slab_step)(void *context, int tid, int64_t first, int64_t last, int64_t ahead);
-void fbn_each_slab(const fbn_work *w, int tid, int team, fbn_slab_step step, void *context);
+/* Reduces and applies every slab of this thread's share. Of an operation it needs to know what coefficients a reduce
+ * takes (NULL: none), and those that follow from combined partials. */
+typedef struct {
+    void (*ready)(void *context, fbn_coefs *coefs, int64_t first, int64_t last);
+    void (*settle)(void *context, fbn_coefs *coefs, int64_t first, int64_t last);
+} fbn_slab_steps;
+void fbn_each_slab(fbn_work *w, const double *mean, const fbn_slab_steps *steps, void *context, int tid, int team);
 
 /* Fills in plan, kernels and rule; false for sizes, strides or an activation that make no sense. */
 bool fbn_pass_ready(fbn_pass *pass, const fbn_geometry *g, fbn_act act, fbn_op op, int threads);

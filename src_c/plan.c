@@ -63,7 +63,7 @@ static int64_t fbn_grain(const fbn_geometry *g)
     return even < 16 ? 16 / even : 1;
 }
 
-static int64_t fbn_choose_slab(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, int team)
+static int64_t fbn_choose_slab(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, int team, bool turns)
 {
     int64_t streams = call->op == FBN_PLAN_BACKWARD ? 2 : 1;
     int64_t channel_bytes = g->outer * g->inner * fbn_dtype_size(g->dtype) * streams;
@@ -76,7 +76,7 @@ static int64_t fbn_choose_slab(const fbn_geometry *g, const fbn_call *call, cons
         return 0;
     }
     int64_t most = g->channels < team ? 1 : g->channels / team; /* every thread needs work */
-    int64_t slab = m->l2 / 2 / channel_bytes;
+    int64_t slab = m->l2 / (turns ? 4 : 2) / channel_bytes;     /* by turns, three slabs are there at a time */
     int64_t grain = fbn_grain(g);
     if (slab > grain && most > grain) {
         slab = slab / grain * grain;
@@ -91,11 +91,14 @@ static int64_t fbn_choose_slab(const fbn_geometry *g, const fbn_call *call, cons
 }
 
 /* Channels side by side: long runs where planes are short; not so many that a thread goes without. */
-static int64_t fbn_choose_tile(const fbn_geometry *g, int team)
+static int64_t fbn_choose_tile(const fbn_geometry *g, const fbn_plan *plan)
 {
     const bool rows = g->family == FBN_ROWS;
-    int64_t tasks = fbn_ceil_div(team, rows ? fbn_blocks_rows(g->outer, g->inner).strips : fbn_strips_cols(g->outer));
-    int64_t share = fbn_ceil_div(g->channels, tasks);
+    int64_t strips = rows ? fbn_blocks_rows(g->outer, g->inner).strips : fbn_strips_cols(g->outer);
+    int64_t share = fbn_ceil_div(g->channels, fbn_ceil_div(plan->team, strips));
+    if (plan->slab > 0) {
+        return fbn_min(plan->slab, FBN_LINES);
+    }
     if (rows) {
         int64_t most = fbn_clamp(share, 1, FBN_LINES);
         int64_t tile = fbn_clamp(FBN_RUN_BYTES / (g->inner * fbn_dtype_size(g->dtype)), 1, most);
@@ -107,18 +110,29 @@ static int64_t fbn_choose_tile(const fbn_geometry *g, int team)
 
 static int64_t fbn_choose_panel(const fbn_geometry *g, const fbn_plan *plan)
 {
-    int64_t size = fbn_dtype_size(g->dtype);
     if (g->family == FBN_COLS) {
         bool many = g->outer * g->channels >= FBN_PANEL_ROWS * FBN_PANEL_WIDTH;
-        return many && g->channels * size < FBN_PANEL_BYTES ? fbn_ceil_div(FBN_PANEL_WIDTH, g->channels) : 0;
+        return many && g->channels * fbn_dtype_size(g->dtype) < FBN_PANEL_BYTES
+                   ? fbn_ceil_div(FBN_PANEL_WIDTH, g->channels)
+                   : 0;
     }
-    bool ragged = g->inner * size % FBN_CACHE_LINE != 0;
-    if (g->outer < FBN_PANEL_ROWS || g->inner * size >= (ragged ? FBN_PATCHED_BYTES : FBN_PANEL_BYTES)) {
+    if (g->outer < FBN_PANEL_ROWS || g->inner >= FBN_SHORT_LEAST) {
         return 0;
     }
     int64_t grain = fbn_grain(g);
     return fbn_clamp(fbn_ceil_div(fbn_ceil_div(FBN_PANEL_WIDTH, g->inner), grain) * grain, 1,
                      plan->slab != 0 ? plan->slab : g->channels);
+}
+
+/* A call of a kernel costs as much as some short planes. */
+static int64_t fbn_choose_side(const fbn_geometry *g, const fbn_plan *plan)
+{
+    int64_t most = plan->slab != 0 ? plan->slab : g->channels;
+    int64_t parts = plan->slab != 0 ? 1 : plan->team;
+    int64_t piece = plan->turns ? FBN_TURN : FBN_PIECE;
+    int64_t side = fbn_clamp(fbn_min(piece / g->inner, g->outer * most / (parts * 4)), 1, most);
+    int64_t grain = fbn_grain(g);
+    return side > grain ? side / grain * grain : side;
 }
 
 fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m)
@@ -129,20 +143,29 @@ fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_ma
     if (call->threads > 1 && bytes >= FBN_SERIAL_BYTES) {
         plan.team = call->threads;
     }
-    plan.tile = fbn_choose_tile(g, plan.team);
+    const bool large = bytes > m->l2 * 4;
     if (fbn_two_phase(call->op)) {
-        plan.slab = fbn_choose_slab(g, call, m, plan.team);
-        plan.backwards = true;
+        plan.turns = large && call->op == FBN_PLAN_FORWARD;
+        plan.slab = fbn_choose_slab(g, call, m, plan.team, plan.turns);
     }
-    if (call->adjacent && !call->gated) {
+    plan.tile = fbn_choose_tile(g, &plan);
+    const bool joined = call->adjacent && !call->gated;
+    int64_t run = (g->family == FBN_ROWS ? g->inner : g->channels) * size;
+    if (joined) {
         plan.panel = fbn_choose_panel(g, &plan);
+    }
+    if (g->family == FBN_ROWS) {
+        plan.side = fbn_choose_side(g, &plan);
+        run *= joined && g->inner >= FBN_SHORT_LEAST ? plan.side : 1;
     }
     /* Runs that do not end with a cache line would be patched at both ends, and that costs more than it saves unless
      * they are long. */
-    int64_t run = plan.panel > 0 ? FBN_CACHE_LINE : (g->family == FBN_ROWS ? g->inner : g->channels) * size;
-    plan.stream = bytes > m->l2 * 4 && (run % FBN_CACHE_LINE == 0 || run >= FBN_PATCHED_BYTES);
-    plan.ahead = plan.slab != 0 && bytes > m->l2 * 4;
+    run = plan.panel > 0 ? FBN_CACHE_LINE : run;
+    plan.stream = large && (run % FBN_CACHE_LINE == 0 || run >= FBN_PATCHED_BYTES);
+    plan.turns = plan.turns && plan.slab > 0 && plan.stream;
+    plan.backwards = fbn_two_phase(call->op) && !plan.turns;
+    plan.ahead = plan.slab == 0 || !large ? 0 : plan.turns ? 2 * plan.slab : plan.slab;
     /* Longer planes are fetched all the same, plane by plane: that is for L1. */
-    plan.warm = plan.ahead && fbn_short(g->inner) && !call->gated;
+    plan.warm = plan.ahead > 0 && !plan.turns && fbn_short(g->inner) && !call->gated;
     return plan;
 }

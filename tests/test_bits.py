@@ -176,12 +176,36 @@ def test_what_a_reduce_reads_at_a_time():
         assert tile % 16 == 0
         assert strips * -(-2048 // tile) >= threads
     short = ("rows", 32, 2048, 49)
-    assert plan("forward", *short)["warm"]
     assert plan("backward", *short)["warm"]
     assert not plan("backward", *short, gated=True)["warm"]
     assert not plan("moments", *short)["warm"]
-    assert not plan("forward", "rows", 32, 64, 49)["warm"]
-    assert not plan("forward", "rows", 32, 2048, 784)["warm"]
+    assert not plan("backward", "rows", 32, 64, 49)["warm"]
+    assert not plan("backward", "rows", 32, 2048, 784)["warm"]
+
+
+def test_what_takes_turns():
+    """Red where slabs that take turns are too many for L2 at once, or the wrong one is fetched."""
+    machine = {"l2": 1 << 20, "l3": 32 << 20}
+
+    def plan(op, channels, inner, **call):
+        return _native.plan(op, "float32", "rows", 32, channels, inner, 2, machine=machine, **call)
+
+    for channels, inner in ((64, 112 * 112), (512, 784), (1024, 196), (2048, 49)):
+        p = plan("forward", channels, inner)
+        assert p["turns"]
+        assert p["stream"]
+        assert not p["backwards"]
+        assert p["ahead"] == 2 * p["slab"]
+        assert p["slab"] == 1 or p["slab"] * inner * 32 * 4 * 3 <= machine["l2"]
+        assert p["tile"] == p["slab"]
+        assert p["side"] * inner % 16 == 0
+        p = plan("backward", channels, inner)
+        assert not p["turns"]
+        assert p["backwards"]
+        assert p["ahead"] == p["slab"]
+    assert not plan("forward", 64, 49)["turns"], "nothing is streamed"
+    assert not plan("forward", 2048, 49, gated=True)["turns"], "runs of 196 bytes cannot be streamed"
+    assert plan("forward", 512, 784, gated=True)["turns"]
 
 
 def test_past_the_cache(dtype, layout, rng):

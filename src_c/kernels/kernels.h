@@ -38,6 +38,12 @@ typedef struct {
     double upper, negative;
 } fbn_gate_rule;
 
+/* Another walk's work, which a reduce does in between: it calls `take` after so many elements of its own. */
+typedef struct {
+    void (*take)(void *of, int64_t elements);
+    void *of;
+} fbn_turn;
+
 /* What a step reads and writes. Strides in elements; those of the gate in 16-bit words. */
 typedef struct {
     const void *x, *other; /* other: the residual of normalize, dy of backward_apply */
@@ -48,7 +54,8 @@ typedef struct {
     int64_t x_next, other_next, gate_next; /* rows, sums: from a channel to its neighbour */
     int64_t ahead;                         /* bytes from x to what is wanted in cache next; 0 for nothing */
     int64_t other_ahead;
-    int stream; /* write y past the cache */
+    int stream;           /* write y past the cache */
+    const fbn_turn *turn; /* rows, sums: with whom to take turns, or NULL */
 } fbn_span;
 
 /* Arrays that vectors are loaded from begin with a cache line, and their memory has a line to spare for that. */
