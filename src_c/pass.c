@@ -108,11 +108,13 @@ static void fbn_reduce_strip(const fbn_pass *pass, fbn_partials *p, const double
         begin = fbn_part(g->outer, strip, p->strips);
         end = fbn_part(g->outer, strip + 1, p->strips);
     }
-    /* The hardware's prefetcher loses its place at the end of every plane: fetch as many planes ahead as it takes; or
-     * of short planes without a gate, of which all images are read at once, the neighbours. */
-    bool fetch = rows && !pass->plan.warm;
-    bool across = fbn_short(g->inner) && pass->gate == NULL;
-    int64_t planes = fetch && !across ? fbn_ceil_div(FBN_REACH, (last - first) * g->inner * size) : 0;
+    /* The hardware's prefetcher loses its place at the end of every plane. Where a few images are read at a time, fetch
+     * the next few, or as many more as it takes; of short planes, of which all images are read at once, the
+     * neighbours. */
+    const bool fetch = rows && !pass->plan.warm;
+    const bool across = fbn_short(g->inner) && !(pass->backward && pass->gate != NULL);
+    int64_t reach = fbn_ceil_div(FBN_REACH, (last - first) * g->inner * size);
+    int64_t planes = fetch && !across ? fbn_clamp(reach, fbn_group(g->inner, fbn_is_wide(g->dtype)), FBN_REACH) : 0;
     int64_t channels = fetch && across ? last - first : 0;
     fbn_span span = {
         .x = fbn_at(&pass->x, size, rows ? 0 : begin, first, 0),
