@@ -115,6 +115,8 @@ def predict(m: Machine, op: str, layout: str, shape: tuple[int, ...], threads: i
     elif not slabs:
         steps = max(math.hypot(work(reduce), fetch), reads)
         steps += max(math.hypot(work(apply), again + store, streamed), all_moved)
+    elif plan["turns"]:
+        steps = max(math.hypot(work(reduce) + work(apply), fetch, streamed), all_moved)
     elif plan["ahead"]:
         steps = work(reduce) + max(math.hypot(work(apply), fetch, streamed), all_moved)
     else:

@@ -178,6 +178,22 @@ BUGS = [
     ),
     Bug(
         8,
+        "a seam the wrong way round",
+        "src_c/kernels/apply.inc",
+        "FN(seam)((1u << (end - i)) - 1u, k, next)",
+        "FN(seam)((1u << (end - i)) - 1u, next, k)",
+        "test_bits.py::test_channel_by_channel",
+    ),
+    Bug(
+        8,
+        "turns that end early",
+        "src_c/pass.c",
+        "        while (fbn_walk_on(&walk)) {\n        }\n        fbn_combine",
+        "        fbn_combine",
+        "test_bits.py::test_past_the_cache",
+    ),
+    Bug(
+        8,
         "an fma that rounds twice",
         "src_c/simd/scalar.h",
         "fmaf(a.l[i], b.l[i], c.l[i])",

@@ -207,6 +207,7 @@ typedef struct {
     fbn_coef coef;
     fbn_gate_rule rule;
     int64_t first, last; /* of the rows family's blocks */
+    bool turns;          /* another walk runs in between */
     fbn_blocks blocks;
     int64_t channels;
     const double *mean;
@@ -435,6 +436,7 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
     c->span = (fbn_span){0};
     c->blocks = (fbn_blocks){0};
     c->first = c->last = 0;
+    c->turns = false;
     c->rule = (fbn_gate_rule){(int)rng_below(r, FBN_ACTIVATION_COUNT), 6.0, rng_one_in(r, 4) ? rng_unit(r) : 0.01};
     if (op->shape == NOTHING) {
         return;
@@ -474,6 +476,7 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
         c->blocks = fbn_blocks_rows(rows, inner);
         c->first = rng_one_in(r, 2) ? 0 : rng_below(r, c->blocks.count);
         c->last = rng_one_in(r, 2) ? c->blocks.count : rng_between(r, c->first, c->blocks.count);
+        c->turns = rng_one_in(r, 2);
     }
     if (op->backward || (op->shape == APPLIES && rng_one_in(r, 2))) {
         c->other = matrix_make(&the_memory.other, type, rows, other_width, draw_stride(other_width, true, r), where, r);
@@ -543,12 +546,37 @@ static void seal_inputs(const call *c, bool sealed)
     }
 }
 
-static bool run(const call *c, const tier *t)
+/* Another walk, which a reduce takes turns with: it uses the tier's registers for something else. */
+static int64_t turned;
+static void take_turn(void *of, int64_t elements)
 {
+    static _Alignas(64) char from[4096];
+    static _Alignas(64) char to[sizeof from];
+    const fbn_kernels *k = of;
+    k->copy(from, to, sizeof from);
+    turned += elements;
+}
+
+/* Blocks of whole channels: every element is counted, but for those of short planes that fill no whole step. */
+static bool turns_add_up(const call *c)
+{
+    const fbn_span *s = &c->span;
+    const bool all = c->first == 0 && c->last == c->blocks.count;
+    return !c->turns || !all || fbn_short(s->width) || turned >= s->rows * s->width * c->channels;
+}
+
+static bool run(call *c, const tier *t)
+{
+    fbn_kernels kernels = t->kernels->of[c->dtype];
+    const fbn_turn turn = {take_turn, &kernels};
+    c->span.turn = c->turns ? &turn : NULL;
+    turned = 0;
     for (int i = 0; i < c->output_count; i++) {
         output_reset(&c->outputs[i]);
     }
-    return CHECK_RUNS(c->op->run(&t->kernels->of[c->dtype], c));
+    const bool ran = CHECK_RUNS(c->op->run(&kernels, c));
+    c->span.turn = NULL;
+    return ran;
 }
 
 static void compare_tiers(call *c)
@@ -572,6 +600,7 @@ static void compare_tiers(call *c)
         check(memcmp(c->span.x, c->span.y, (size_t)c->span.width * size_of((int)c->dtype)) == 0,
               "%s: scalar copies wrongly", text);
     }
+    check(turns_add_up(c), "%s: %lld elements in turns", text, (long long)turned);
     for (int t = 1; t < tier_count; t++) {
         const char *name = tiers[t]->kernels->name;
         if (!check(run(c, tiers[t]), "%s: %s touches memory out of bounds", text, name)) {
