@@ -4,6 +4,7 @@ Seeded bug that turns it red: partial sums combined by thread instead of by bloc
 """
 
 import itertools
+from functools import partial
 
 import arrays
 import numpy as np
@@ -147,7 +148,7 @@ def test_where_the_data_lie(isa, dtype, layout, view, rng):
 
 def test_channel_by_channel(isa, dtype, layout, rng):
     """A channel's result does not depend on its neighbours: computed among fewer it is the same. (One that is alone in
-    memory is a single run, and not planes.)
+    memory is a single run, and not planes.) Red where a vector over two channels has the coefficients of the wrong one.
     """
     x, _, _, axis, weight, bias = data(rng, layout, dtype, (9, 40, 300))
     whole = np.moveaxis(fastbn.batch_norm_forward(x, weight, bias, channel_axis=axis)[0], axis, 0)
@@ -208,19 +209,25 @@ def test_what_takes_turns():
     assert plan("forward", 512, 784, gated=True)["turns"]
 
 
-def test_past_the_cache(dtype, layout, rng):
-    """A tensor so large that results are streamed to memory, against its parts, which are small enough not to be."""
-    limit = _native.machine()["l2"] * 4
-    inner = limit // dtype.itemsize // 48 + 5
-    if inner > 1 << 20:
+@pytest.mark.parametrize("planes", ["long", "short"])
+def test_past_the_cache(planes, dtype, layout, rng):
+    """A tensor so large that results are streamed to memory, against its halves, which are small enough not to be.
+
+    Red where a slab is left before all of it is applied.
+    """
+    elements = _native.machine()["l2"] * 4 // dtype.itemsize
+    shape = (3, 16, elements // 48 + 5) if planes == "long" else (32, (elements // (32 * 49) // 16 + 1) * 16, 49)
+    if elements > 1 << 25:
         pytest.skip("this machine's cache is so large that the test would take minutes")
-    x, grad_output, _, axis, weight, bias = data(rng, layout, dtype, (3, 16, inner))
-    family = "rows" if axis == 1 else "cols"
-    outer, channels, inner = (3, 16, inner) if axis == 1 else (3 * inner, 16, 1)
+    x, grad_output, _, axis, weight, bias = data(rng, layout, dtype, shape)
+    outer, channels, inner = shape if axis == 1 else (shape[0] * shape[2], shape[1], 1)
+    half = channels // 2
     for op in ("forward", "normalize", "backward"):
-        assert _native.plan(op, dtype.name, family, outer, channels, inner, 2)["stream"]
-        assert not _native.plan(op, dtype.name, family, outer, channels // 2, inner, 2)["stream"]
-    parts = [slice(0, 8), slice(8, 16)]
+        plan = partial(_native.plan, op, dtype.name, "rows" if axis == 1 else "cols", outer)
+        assert plan(channels, inner, 2)["stream"]
+        assert plan(channels, inner, 2)["turns"] == (op == "forward" and axis == 1)
+        assert not plan(half, inner, 2)["stream"]
+    parts = [slice(0, half), slice(half, channels)]
     few = [[np.ascontiguousarray(a[:, p] if axis == 1 else a[..., p]) for a in (x, grad_output)] for p in parts]
     options = {"channel_axis": axis, "activation": "relu"}
     pieces = []
