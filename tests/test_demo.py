@@ -1,6 +1,7 @@
 """test_demo -- the README's demo, short, and the face of all studies. Skipped without the extra `demo`."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -57,6 +58,55 @@ def test_what_makes_no_sense_is_said(arguments, tmp_path):
     assert "Traceback" not in done.stderr
     assert done.stdout == ""  # nothing was trained
     assert not (tmp_path / "figures").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("mnist", "--data", ""), "--data: a path is wanted, found nothing"),
+        (("contour", "--data", ""), "--data: a path is wanted, found nothing"),
+        (
+            ("mnist", "--seed", 2**63 - 2),
+            "--seed: seeds from 0 to 9223372036854775807 are possible, not 3 from .*06 on",
+        ),
+    ],
+)
+def test_a_seed_or_path_that_is_none_is_an_error_of_usage(arguments, message, tmp_path):
+    done = python("examples/paper", *arguments, "--out", tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch(f"python examples/paper: error: {message}", done.stderr.splitlines()[-1])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_terminal_that_lacks_letters_and_one_that_is_gone(tmp_path):
+    """Red where either ends the command with a traceback, or before all is written."""
+    command = [sys.executable, "examples/paper", "contour", "--short", "--steps", "40", "--out", tmp_path]
+    poor = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=poor)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "y = 4 x?/?? + 6 x?/??" in done.stdout
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as gone:
+        gone.stdout.close()
+        assert gone.stderr.read() == ""
+    assert gone.returncode == 141
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["contour.json", "contour.png"]
+
+
+def test_an_interrupt_is_one_line(tmp_path):
+    lines = f"""
+import runpy, sys
+sys.path.insert(0, "examples")
+from paper import study
+def perform(module, *rest):
+    raise KeyboardInterrupt
+study.perform = perform
+sys.argv = ["examples/paper", "all", "--out", {str(tmp_path / "figures")!r}]
+runpy.run_path("examples/paper", run_name="__main__")
+"""
+    done = python("-c", lines)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "python examples/paper: interrupted\n")
 
 
 def test_a_name_that_is_none_is_told_from_those_that_are():

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 for module in ("matplotlib", "sklearn", "tqdm"):
@@ -23,7 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT / "examples") not in sys.path:
     sys.path.append(str(ROOT / "examples"))
 
-from paper.study import Claim, Settings, perform, reserve, save, studies, without  # noqa: E402
+from paper import study as house  # noqa: E402
+from paper.study import Claim, Settings, perform, reduced, reserve, save, studies, without  # noqa: E402
+from PIL import Image  # noqa: E402
 
 STUDIES = studies()
 GALLERY = ROOT / "docs" / "paper.md"
@@ -69,26 +72,73 @@ def test_it_hangs_in_the_gallery(name):
     """With the figure of its default run, and under its own name."""
     (section,) = re.findall(rf"^## {name}\n(.*?)(?=^## |\Z)", GALLERY.read_text(), re.MULTILINE | re.DOTALL)
     assert f"](paper/{name}.png)" in section
-    assert (ROOT / "docs" / "paper" / f"{name}.png").stat().st_size < 120_000
+    figure = ROOT / "docs" / "paper" / f"{name}.png"
+    assert figure.stat().st_size < 120_000
+    text = (ROOT / "examples" / "paper" / f"{name}.py").read_text(encoding="utf-8")
+    with Image.open(figure) as image:
+        there = colours(image)
+    for colour in ("PLAIN", "NORM", "THIRD", "FOURTH", "FIFTH", "SIXTH"):
+        assert (getattr(house, colour) in there) == bool(re.search(rf"\b{colour}\b", text)), colour
 
 
-@pytest.mark.parametrize("value", [2.0, 0.5, float("nan")])
-def test_the_figure_says_what_the_run_showed(value, tmp_path):
-    """Red where the title of a figure is the same whether its claims hold or not."""
-    study, figures = ModuleType("paper.made_up"), []
+def colours(image):
+    return {f"#{r:02X}{g:02X}{b:02X}" for r, g, b in np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)}
+
+
+@pytest.mark.parametrize("reach", [0, 1, 9])
+def test_the_palette_has_what_a_figure_is_made_of(reach):
+    """The house's colours, were it for a single dot among others like it, and the commonest; the rest is near."""
+    ours = np.array([list(bytes.fromhex(colour[1:])) for colour in house.COLOURS])
+    common = np.array([[255, 255, 255], [228, 228, 228], [17, 34, 51]])
+    around = np.random.default_rng(0).integers(-reach, reach + 1, (200, 1, 3))
+    rare = np.clip(np.concatenate([ours, common]) + around, 0, 255).reshape(-1, 3)
+    # All the shades of grey many times, and a few dots between our colours and white.
+    greys = np.repeat(np.arange(256), 100)[:, None] * [1, 1, 1]
+    pixels = np.concatenate([np.repeat(common, 1000, 0), ours, (ours + 255) // 2, greys, rare]).astype(np.uint8)
+    small = reduced(Image.fromarray(pixels[None]))
+    assert small.mode == "P"
+    away = np.abs(np.asarray(small.convert("RGB"), int)[0] - pixels).max(-1)
+    assert away[:3007].max() == 0
+    assert away.max() <= 16
+
+
+def made_up(value, figures):
+    study = ModuleType("paper.made_up")
     study.TITLE, study.run = "All is well", lambda settings: settings.header("nothing", 1)
     study.claims = lambda numbers: [Claim("It rises.", "times", [2.0, value], 1), Claim("It is.", "times", [2.0], 1)]
     study.table = lambda numbers: (["a", "b"], [["c", 1]])
     study.draw = lambda figure, numbers: figures.append(figure)
+    return study
+
+
+@pytest.mark.parametrize("value", [2.0, 0.5, float("nan"), float("inf")])
+def test_the_figure_says_what_the_run_showed(value, tmp_path):
+    """Red where the title of a figure is the same whether its claims hold or not, or infinity supports one."""
+    figures = []
+    study = made_up(value, figures)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         perform(study, Settings(), tmp_path)
     title, foot = figures[0].get_suptitle(), figures[0].get_supxlabel()
     assert title in printed.getvalue()
-    if value > 1:
+    if value == 2:
         assert (title, "Did not hold" in foot) == ("All is well", False)
     else:
         assert title == "All is well?\nIn this run 1 of 2 claims did not hold"
         assert foot.endswith("Did not hold: It rises.")
+
+
+def test_what_was_found_is_written_before_it_is_printed(monkeypatch, tmp_path):
+    """Red where whoever stops reading, or cannot show a letter, costs all that was computed."""
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(BrokenPipeError):
+        perform(made_up(2.0, []), Settings(), tmp_path)
+    assert json.loads((tmp_path / "made_up.json").read_text())["claims"][0]["holds"] is True
+    assert (tmp_path / "made_up.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_cannot_be_written_is_known_beforehand(tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 for module in ("matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(module)
@@ -59,6 +60,7 @@ SUPPORT = {
     },
     "contour": {
         "ratios": [1, 5],
+        "steps": 100,
         "plain": {"steps": [[2, 40]], "condition": [[3, 34]], "detour": [9]},
         "norm": {"steps": [[2, 3]], "condition": [[3, 3]], "detour": [1]},
     },
@@ -144,6 +146,14 @@ CONTRARY = [
     ("regularization", {"none": ends_at(0.4, 0, 0.2, 0.05), "norm": ends_at(0.2, 0, 0.1, 0.03)}, [0, 3]),
     ("regularization", {"norm__test_error": [[0.9, 0.05, 0.05]]}, [1]),
     ("regularization", {"dropout": ends_at(0.01, 0, 0.15, 0.04)}, [2]),
+    # What never arrives, where the other does in the middle and at the end.
+    ("regularization", {"dropout__test_loss": [[2.0, 0.3, 0.25]]}, [3]),
+    ("regularization", {"dropout__test_loss": [[2.0, 0.3, 0.25]], "norm__test_loss": [[2.0, 0.3, 0.1]]}, [2, 3]),
+    ("whitening", {"raw__loss": [[2.3, 2.0, 1.0, 0.5]]}, []),
+    ("whitening", {"raw__loss": [[2.3, 2.0, 1.0, 0.5]], "standard__loss": [[2.3, 1.0, 0.5, 0.1]]}, [4]),
+    ("contour", {"plain__steps": [[2, float("inf")]]}, []),
+    ("contour", {"plain__steps": [[2, float("inf")]], "norm__steps": [[2, 90]]}, [1, 3]),
+    ("ensemble", {"error": [[[0.04, 0.05], [0.0]]]}, []),  # no errors are fewer, if no number of times
     ("regularization", {"both__test_loss": [[2.0, 0.02, 0.02]]}, [3]),
 ]
 
@@ -156,9 +166,9 @@ def test_networks_that_hardly_learn_are_drawn(name, tmp_path):
     assert (tmp_path / f"{name}.png").exists()
 
 
-def images(train, test):
+def images(train, test, size=8):
     rng = np.random.default_rng(0)
-    x, y = rng.random((train + test, 1, 8, 8), np.float32), rng.integers(0, 10, train + test)
+    x, y = rng.random((train + test, 1, size, size), np.float32), rng.integers(0, 10, train + test)
     return Dataset("few", x[:train], y[:train], x[train:], y[train:], ("first.gz", "second.gz"))
 
 
@@ -209,6 +219,14 @@ def test_a_gap_that_is_gone_is_smaller():
     for test_loss in (0.1, 0.09):
         numbers = changed(SUPPORT["regularization"], norm=ends_at(0.1, 0, test_loss, 0.03))
         assert all(claim.holds for claim in import_module("paper.regularization").claims(numbers))
+
+
+def test_features_left_out_of_a_panel_are_said(monkeypatch, tmp_path):
+    study, figure = import_module("paper.whitening"), Figure()
+    monkeypatch.setattr("paper.study.load", lambda path: images(180, 9, 16))
+    study.draw(figure, study.run(Settings(steps=1, seeds=(0,), short=True)))
+    labels = [axes.get_xlabel() for axes in figure.axes]
+    assert labels.count("feature (1 in 4 shown)") == 4
 
 
 def nothing(value):

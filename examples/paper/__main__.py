@@ -1,6 +1,8 @@
 """__main__ -- the common face of the studies: python examples/paper NAME, all, or list."""
 
 import argparse
+import io
+import os
 import sys
 import time
 import traceback
@@ -12,14 +14,15 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 PROGRAM = "python examples/paper"
 EXTRA = 'the studies need what pip install ".[paper]" installs'
-
-try:
-    from paper.study import Settings, format_table, perform, reserve, studies, without
-except ImportError as error:
-    sys.exit(f"{PROGRAM}: {error}; {EXTRA}")
+# What PyTorch can be seeded with.
+LAST_SEED = 2**63 - 1
 
 
 def main() -> int:
+    try:
+        from paper.study import Settings, format_table, perform, reserve, studies, without
+    except ImportError as error:
+        sys.exit(f"{PROGRAM}: {error}; {EXTRA}")
     known = studies()
     parser = argparse.ArgumentParser(prog=PROGRAM, description="The studies of the batch norm paper, on fastbn.")
     names = [*known, "all", "list"]
@@ -54,8 +57,10 @@ def main() -> int:
     count = args.seeds if args.seeds is not None else 1 if args.short else 3
     if count < 1 or (args.steps is not None and args.steps < 1):
         parser.error("--seeds and --steps must be at least 1")
-    if args.seed < 0:
-        parser.error("--seed must be at least 0")
+    if not 0 <= args.seed <= LAST_SEED + 1 - count:
+        parser.error(f"--seed: seeds from 0 to {LAST_SEED} are possible, not {count} from {args.seed} on")
+    if args.data == "":
+        parser.error("--data: a path is wanted, found nothing")
     chosen = list(known)
     if args.name != "all":
         chosen = [args.name]
@@ -74,6 +79,8 @@ def main() -> int:
         try:
             claims = perform(import_module(f"paper.{name}"), settings, args.out, args.format)
             held = f"{sum(claim.holds for claim in claims)} of {len(claims)}"
+        except BrokenPipeError:
+            raise
         except Exception as error:  # of all, the others still run, whatever is the matter with one
             held, failed[name] = "failed", str(error) or type(error).__name__
             if isinstance(error, ImportError):
@@ -91,4 +98,16 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a letter
+    try:
+        code = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        # Nobody reads any more, and Python may try once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)

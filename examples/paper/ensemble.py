@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from paper.perceptron import perceptron
-from paper.study import FIFTH, GREY, NORM, PLAIN, THIRD, Claim, Settings, band, progress, ratios
+from paper.study import FIFTH, GREY, NORM, PLAIN, THIRD, Claim, Settings, band, progress
 from paper.training import cross_entropy, predict, train
 
 TITLE = "Six batch-normalized networks together beat the best of them"
@@ -59,12 +59,12 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
         Claim(
             f"The ensemble {what} than its best member, chosen in hindsight.",
             quantity,
-            ratios([min(of_size[0]) for of_size in numbers[key]], [of_size[-1][0] for of_size in numbers[key]]),
-            1,
+            [factor * (min(of_size[0]) - of_size[-1][0]) for of_size in numbers[key]],
+            0,
         )
-        for key, what, quantity in (
-            ("error", "errs less", "times fewer errors"),
-            ("loss", "has a lower cross-entropy", "times lower"),
+        for key, what, factor, quantity in (
+            ("error", "errs less", 100, "percentage points"),
+            ("loss", "has a lower cross-entropy", 1, "nats"),
         )
     ]
 

@@ -108,7 +108,7 @@ def reached(numbers: dict[str, Any], name: str, mark: str) -> list[float]:
 
 def fewer(numbers: dict[str, Any], name: str) -> list[float]:
     """How many times fewer steps than the Baseline it takes to the Baseline's best."""
-    return times_fewer(reached(numbers, "plain", "plain"), reached(numbers, name, "plain"))
+    return times_fewer(reached(numbers, "plain", "plain"), reached(numbers, name, "plain"), numbers["at"][-1])
 
 
 def claims(numbers: dict[str, Any]) -> list[Claim]:

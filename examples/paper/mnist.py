@@ -97,7 +97,8 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
     plain, norm = (numbers[kind]["accuracy"] for kind in KINDS)
     marks = [max(curve) for curve in plain]
     sooner = times_fewer(
-        *([steps_to(numbers["at"], *pair) for pair in zip(curves, marks, strict=True)] for curves in (plain, norm))
+        *([steps_to(numbers["at"], *pair) for pair in zip(curves, marks, strict=True)] for curves in (plain, norm)),
+        numbers["at"][-1],
     )
     calmer = ratios(*(wander(numbers[kind]["percentiles"]) for kind in KINDS))
     return [

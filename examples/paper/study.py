@@ -24,6 +24,7 @@ from tqdm import tqdm
 # The colours of Okabe and Ito, which stay apart for colour-blind readers; the same meaning in every figure.
 PLAIN, NORM, THIRD, FOURTH, FIFTH, SIXTH = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 GREY = "#666666"
+COLOURS = (PLAIN, NORM, THIRD, FOURTH, FIFTH, SIXTH, GREY)
 STYLE = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -101,7 +102,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence that holds if a measured quantity is beyond its bound for every seed."""
+    """A sentence that holds if a measured quantity is finite and beyond its bound for every seed."""
 
     text: str
     quantity: str
@@ -112,7 +113,9 @@ class Claim:
 
     @property
     def holds(self) -> bool:
-        return all(value > self.bound if self.above else value < self.bound for value in self.values)
+        return all(
+            np.isfinite(value) and (value > self.bound if self.above else value < self.bound) for value in self.values
+        )
 
     def __str__(self) -> str:
         values = ", ".join(number(value) for value in self.values)
@@ -154,20 +157,13 @@ def heading(title: str, claims: Sequence[Claim]) -> str:
 
 
 def perform(study: ModuleType, settings: Settings, out: Path, form: str = "png") -> list[Claim]:
-    """Run one study, print its table and claims, and leave its figure and numbers in `out`."""
+    """Run one study, leave its figure and numbers in `out`, and print its table and claims."""
     name = study.__name__.rpartition(".")[2]
     # Matrices of 60 rows gain nothing from a second thread of the BLAS, and lose much where the machine is busy.
     with threadpool_limits(1, "blas"):
         numbers = study.run(settings)
     claims = study.claims(numbers)
     title = heading(study.TITLE, claims)
-    print(f"\n{title}\nData: {numbers['data']}; seeds {', '.join(map(str, numbers['seeds']))}\n")
-    print(format_table(*study.table(numbers)))
-    print()
-    for claim in claims:
-        print(f"  {claim}")
-    if hasattr(study, "epilogue"):
-        print(f"\n{study.epilogue(numbers)}")
     out.mkdir(parents=True, exist_ok=True)
     record = {"study": name, **numbers, "claims": [asdict(claim) | {"holds": claim.holds} for claim in claims]}
     (out / f"{name}.json").write_text(json.dumps(_plain(record), indent=1) + "\n")
@@ -175,7 +171,15 @@ def perform(study: ModuleType, settings: Settings, out: Path, form: str = "png")
     if refuted := [claim.text for claim in claims if not claim.holds]:
         foot += f" Did not hold: {' '.join(refuted)}"
     save(study.draw, numbers, title, foot, out / f"{name}.{form}")
-    print(f"\n  {out / name}.json, .{form}")
+    # Last of all, for there may be nobody to read it any more.
+    print(f"\n{title}\nData: {numbers['data']}; seeds {', '.join(map(str, numbers['seeds']))}\n")
+    print(format_table(*study.table(numbers)))
+    print()
+    for claim in claims:
+        print(f"  {claim}")
+    if hasattr(study, "epilogue"):
+        print(f"\n{study.epilogue(numbers)}")
+    print(f"\n  {out / name}.json, .{form}", flush=True)
     return claims
 
 
@@ -193,8 +197,27 @@ def save(draw: Any, numbers: dict[str, Any], title: str, foot: str, path: Path) 
     if path.suffix == ".png":
         # A palette is a third of the size, and looks the same.
         with Image.open(path) as image:
-            small = image.convert("RGB").quantize(256)
+            small = reduced(image.convert("RGB"))
         small.save(path, optimize=True)
+
+
+def reduced(image: Image.Image) -> Image.Image:
+    """The same with a palette: the house's colours and the commonest as they are, what is between them nearly so."""
+    pixels = np.asarray(image).reshape(-1, 3)
+    codes, places, counts = np.unique(pixels @ np.array([65536, 256, 1]), return_inverse=True, return_counts=True)
+    kept = np.isin(codes, [int(colour[1:], 16) for colour in COLOURS])
+    kept[np.argsort(-counts, kind="stable")[:64]] = True
+    # The kept come first in the palette, then such that all others are near one of them, however few pixels have them.
+    indices = (np.cumsum(kept) - 1).astype(np.uint8)[places]
+    palette = [part for code in codes[kept] for part in int(code).to_bytes(3, "big")]
+    others = ~kept[places]
+    if others.any():
+        cut = Image.fromarray(pixels[None, others]).quantize(256 - int(kept.sum()), Image.Quantize.MAXCOVERAGE)
+        indices[others] = np.asarray(cut)[0] + kept.sum()
+        palette += cut.getpalette()
+    small = Image.fromarray(indices.reshape(image.height, image.width))
+    small.putpalette(palette)
+    return small
 
 
 def band(axes: Axes, x: Sequence[float], runs: Any, color: str, label: str | None = None, **line: Any) -> None:
@@ -227,12 +250,13 @@ def ratios(above: Any, below: Any) -> list[float]:
         return np.divide(np.asarray(above, float), np.asarray(below, float)).tolist()
 
 
-def times_fewer(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
-    """How many times fewer steps, for each seed; 0 for who never arrives.
+def times_fewer(slow: Sequence[float], fast: Sequence[float], last: float) -> list[float]:
+    """At least how many times fewer steps, for each seed; 0 where the fast never arrives.
 
-    A mark that is met before the first step says nothing of training, and counts for as little.
+    Where the slow does not it would have taken more than all steps, `last`. A mark that is met before the first step
+    says nothing of training, and counts for as little as none.
     """
-    return [a / b if 0 < b < float("inf") else 0.0 for a, b in zip(slow, fast, strict=True)]
+    return [min(a, last) / b if 0 < b < float("inf") else 0.0 for a, b in zip(slow, fast, strict=True)]
 
 
 def number(value: float) -> str:
