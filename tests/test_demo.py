@@ -78,15 +78,20 @@ def test_a_seed_or_path_that_is_none_is_an_error_of_usage(arguments, message, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_a_terminal_that_lacks_letters_and_one_that_is_gone(tmp_path):
-    """Red where either ends the command with a traceback, or before all is written."""
-    command = [sys.executable, "examples/paper", "contour", "--short", "--steps", "40", "--out", tmp_path]
+SHORT = [sys.executable, "examples/paper", "contour", "--short", "--steps", "40", "--out"]
+
+
+def test_a_terminal_that_lacks_letters_has_others(tmp_path):
     poor = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=poor)
+    done = subprocess.run([*SHORT, tmp_path], cwd=ROOT, capture_output=True, text=True, env=poor)
     assert (done.returncode, done.stderr) == (0, "")
     assert "y = 4 x?/?? + 6 x?/??" in done.stdout
-    for path in tmp_path.iterdir():
-        path.unlink()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe is another error there")
+def test_a_reader_who_is_gone_costs_nothing(tmp_path):
+    """Red where it ends the command with a traceback, or before all is written."""
+    command = [*SHORT, tmp_path]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as gone:
         gone.stdout.close()
         assert gone.stderr.read() == ""
