@@ -41,7 +41,11 @@ def calibrate(
     ----------
     network : BatchNorm, or callable
         A layer, whose inputs `batches` then are; or whatever calls layers when it is called with a batch. They are
-        found in its attributes, lists, dicts, dataclasses and closures.
+        found in its attributes and those of its class, lists, dicts, dataclasses and closures; and by the names of
+        globals in functions and, from `__call__` on, methods of the module that it is from itself. They are **not**
+        found, unless `layers` names them, behind globals of other modules, in modules and classes themselves
+        (``models.head``, ``Net.head``), in what a property or a function makes or looks up as it runs, and where only C
+        code keeps them (weak references, iterators).
     batches : iterable
         Of what `network` takes. Of a tuple or list, such as (data, labels), the first element is taken.
     method : {"exact", "ema", "cumulative"}, default "exact"

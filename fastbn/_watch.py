@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
+import sys
 import threading
 import types
 from collections import deque
@@ -162,10 +164,14 @@ def aside(layer: BatchNorm, x: Any, residual: Any, out: Any) -> Any:
 def find_layers(network: Any) -> dict[str, BatchNorm]:
     """Return the layers that `network` holds under the paths to them, in the order of a walk through it.
 
-    The walk takes attributes, slots, lists, tuples, sets and dicts, and of functions what they close over, bind and,
-    in the network's own module, name.
+    The walk takes attributes, slots, lists, tuples, sets and dicts, what classes of objects have as attributes, and of
+    functions what they close over, bind and, in the network's own module, name. Of the methods of an object these are
+    `__call__` and what it leads to by name. Nothing is run for it, no property either.
     """
-    home = getattr(network, "__module__", None)
+    function = network
+    while isinstance(function, functools.partial):
+        function = function.func
+    home = getattr(function, "__module__", None)
     found: dict[str, BatchNorm] = {}
     seen: set[int] = set()
     waiting: deque[tuple[_Path, Any]] = deque([((), network)])
@@ -271,20 +277,55 @@ def _held(thing: Any, home: str | None) -> Iterator[tuple[str, Any]]:
                 yield name, cell.cell_contents
         yield from (("defaults", thing.__defaults__), ("defaults", thing.__kwdefaults__))
         if thing.__module__ == home:
-            yield from ((name, thing.__globals__[name]) for name in _names(thing.__code__) if name in thing.__globals__)
+            yield from (
+                (name, thing.__globals__[name]) for name in _globals(thing.__code__) if name in thing.__globals__
+            )
     for cls in type(thing).__mro__:
         for name in _slots(cls):
             with contextlib.suppress(AttributeError):  # not assigned yet
                 yield name, cls.__dict__[name].__get__(thing)
+    own: dict[str, Any] = {}
     with contextlib.suppress(TypeError):  # no attributes
-        yield from list(vars(thing).items())
+        own = dict(vars(thing))
+        yield from own.items()
+    shared = _of_classes(type(thing))
+    for name, value in shared.items():
+        if name not in own and not name.startswith("__") and not hasattr(type(value), "__get__"):
+            yield name, value
+    # What is called by name, from `__call__` on: the list grows meanwhile.
+    names = ["__call__"]
+    for name in names:
+        method = shared.pop(name, None)
+        if isinstance(method, property):
+            method = method.fget
+        elif isinstance(method, (staticmethod, classmethod)):
+            method = method.__func__
+        if isinstance(method, types.FunctionType):
+            yield name, method
+            names += [each for code in _codes(method.__code__) for each in code.co_names]
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
+def _globals(code: types.CodeType) -> Iterator[str]:
+    """What it names, but no attributes, which may have the name of a global that is not meant."""
+    for each in _codes(code):
+        yield from (i.argval for i in dis.get_instructions(each) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """It, and what is defined in it."""
+    yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+            yield from _codes(constant)
+
+
+def _of_classes(cls: type) -> dict[str, Any]:
+    """What objects of it have of it and its bases, but for those of Python itself: they have what is everybody's."""
+    found: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        if str(base.__module__).partition(".")[0] not in sys.stdlib_module_names:
+            found |= vars(base)
+    return found
 
 
 def _slots(cls: type) -> list[str]:

@@ -13,6 +13,7 @@ import pickle
 import sys
 import time
 import types
+import typing
 import weakref
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -457,6 +458,73 @@ def held_by_a_default(x, layer=GLOBAL):
     return layer(x)
 
 
+class Shared:
+    """Its layer is the class's."""
+
+    head = fastbn.BatchNorm(3)
+
+    def __call__(self, x):
+        return self.head(x)
+
+
+class SharedList(Shared):
+    head = None
+    blocks: typing.ClassVar = [{"norm": fastbn.BatchNorm(3)}]
+
+
+class Own(Shared):
+    """The class's layer is hidden by its own."""
+
+    def __init__(self):
+        self.other, self.head = fastbn.BatchNorm(3), len
+
+
+class Naming:
+    """GLOBAL is named three calls away; `named` is a method here, and no global; and a property runs by nobody."""
+
+    @staticmethod
+    def last(x):
+        return GLOBAL(x)
+
+    def run(self, x):
+        return self.last(x) + self.through_a_name
+
+    def __call__(self, x):
+        return self.run(x)
+
+    @property
+    def through_a_name(self):
+        raise AssertionError("a property was run")
+
+    def spare(self, x):
+        return SPARE(x)
+
+
+class Attribute:
+    """The attribute has the name of a global, which is another."""
+
+    def __init__(self, layer):
+        self.GLOBAL = layer
+
+    def __call__(self, x):
+        return self.GLOBAL(x)
+
+
+class Closing:
+    pass
+
+
+def closing(layer):
+    class Local(Closing):
+        def __call__(self, x):
+            return layer(x)
+
+    return Local()
+
+
+SPARE = fastbn.BatchNorm(3)
+
+
 def holders():
     layer = fastbn.BatchNorm(3)
     module = types.SimpleNamespace(_modules={"bn1": layer})
@@ -470,6 +538,13 @@ def holders():
     yield "dataclass", Network(layer, []), "first"
     yield "module", module, "bn1"
     yield "global", through_a_name, "named.GLOBAL"
+    yield "global of a partial", functools.partial(functools.partial(through_a_name)), "func.named.GLOBAL"
+    yield "class", Shared(), "head"
+    yield "list of a base class", type("Sub", (SharedList,), {})(), "blocks.0.norm"
+    yield "hidden", Own(), "other"
+    yield "global of a method", Naming(), "last.GLOBAL"
+    yield "attribute with a global's name", Attribute(layer), "GLOBAL"
+    yield "closure of a class", closing(layer), "__call__.layer"
     yield "default", held_by_a_default, "defaults.0"
     yield "set", {layer}, "0"
     yield "itself", layer, "network"
@@ -478,6 +553,15 @@ def holders():
 @pytest.mark.parametrize(("holder", "name"), [pytest.param(h, name, id=case) for case, h, name in holders()])
 def test_layers_are_found(holder, name):
     assert list(find_layers(holder)) == [name]
+
+
+def test_what_classes_of_python_share_is_nobodys():
+    """A finalizer knows, through its class, of all others. Seeded bug: a walk through every class."""
+    mine, kept = fastbn.BatchNorm(3), [Circle(None), Circle(None)]
+    finalizers = [weakref.finalize(each, held_by_a_default, fastbn.BatchNorm(3)) for each in kept]
+    assert list(find_layers([finalizers[0], mine]).values()) == [mine]
+    for finalizer in finalizers:
+        finalizer.detach()
 
 
 def test_layers_are_found_in_order_and_once():
