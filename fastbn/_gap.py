@@ -25,6 +25,13 @@ _Float64 = NDArray[np.float64]
 # of a distance, if these explain it, is below one over this.
 _CLEARLY = 4.0
 
+# How often statistics that are those of the data may be taken for others.
+_FALSE_ALARMS = 0.01
+
+# The variance of a variance over that of one of normal values, (kurtosis - 1) / 2, that is taken for granted: Laplace's
+# distribution has a kurtosis of 6, a rectified normal one of 5.4.
+_TAILS = 2.5
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerGap:
@@ -167,6 +174,15 @@ def train_eval_gap(
     statistics, zeros and ones, is taken out; else to ``drift``: these batches are not of the data, or the weights
     before the layer no longer those, that the statistics are of.
 
+    Few batches have statistics of their own by chance. So stale is only what they could hardly show if the running
+    statistics were those of the data: a mean, or a variance by Paulson's (1942) normal approximation of its ratio, that
+    is more standard errors off than ``sqrt(2 log(2 C / 0.01))``. That bounds the largest of ``2 C`` normal numbers, for
+    C channels, in all but one case of a hundred (Bonferroni), however channels go together. Standard errors are those
+    of values that know nothing of each other, of a kurtosis of up to 6, and of running statistics that average as many
+    batches as momentum has them; if batches differ more than this, by Kish's (1965) design effect, that much larger.
+    From two batches of a channel or two that effect is hardly known: give more where the values of a sample go
+    together, as pixels do. What is not stale by this is put down to ``small batch``.
+
     Before all that comes an array of the layer that eval mode cannot work with, such as one with a NaN in it: it is
     the cause, whatever the tolerance.
 
@@ -243,7 +259,10 @@ class _Observer(Watcher):
         if broken := ailments(state, layer.eps):
             cause, advice = broken[0][0], "; ".join(words for _, words in broken)
         elif not gap <= tolerance:
-            cause, advice = self._cause(noise, stale, apart, running, tracked, len(parts), float(counts.mean()), off)
+            beyond = self._beyond_chance(whole, means, variances, counts, off, ratio)
+            cause, advice = self._cause(
+                noise, stale, apart, beyond, running, tracked, len(parts), float(counts.mean()), off, ratio
+            )
         worst = int(np.argmax(by_channel)) if weight.size else 0
         return LayerGap(
             name=self.name,
@@ -260,22 +279,61 @@ class _Observer(Watcher):
             advice=advice or "nothing: the modes agree",
         )
 
+    def _beyond_chance(
+        self,
+        whole: tuple[_Float64, _Float64],
+        means: _Float64,
+        variances: _Float64,
+        counts: _Array,
+        off: _Float64,
+        ratio: _Float64,
+    ) -> Callable[[float], tuple[bool, bool]]:
+        """Whether means, and deviations, are farther off than chance explains: see the notes of `train_eval_gap`.
+
+        That is of the share of the noise of a batch that the running statistics keep.
+        """
+        bound = np.sqrt(2.0 * np.log(2.0 * max(off.size, 1) / _FALSE_ALARMS))
+        rest, free, unit = len(counts) - 1, counts - 1, whole[1] + self.layer.eps
+        # The variance of the cube root of a variance over its expectation, for one degree of freedom (Wilson & Hilferty
+        # 1931, and Paulson of two of them).
+        cubic = 2.0 / 9.0
+        roots = np.cbrt((variances * (counts / free)[:, None] + self.layer.eps) / unit)
+        of_means = counts @ (means - whole[0]) ** 2 / unit / rest
+        of_roots = free @ (roots - free @ roots / free.sum()) ** 2 / cubic / rest
+
+        def effect(found: _Float64, least: float) -> _Float64:
+            known = whole[1] > 0
+            return np.fmax(found, max(least, float(found[known].mean()) if known.any() else least))
+
+        def beyond(kept: float) -> tuple[bool, bool]:
+            # A deviation from few values may be far too small by chance: in the larger of the two.
+            z = off / np.maximum(ratio, 1.0)
+            z = z / np.sqrt(effect(of_means, 1.0) * (1.0 / counts.sum() + kept / counts.mean()))
+            a, b = cubic / (counts.sum() - 1), cubic * kept / free.mean()
+            r = ratio ** (-2.0 / 3.0)
+            z_root = np.abs(r * (1.0 - b) - (1.0 - a)) / np.sqrt(effect(of_roots, _TAILS) * (a + r * r * b))
+            return not (z <= bound).all(), not (z_root <= bound).all()
+
+        return beyond
+
     def _cause(
         self,
         noise: float,
         stale: float,
         apart: Callable[[_Float64, _Float64], float],
+        beyond: Callable[[float], tuple[bool, bool]],
         running: tuple[_Float64, _Float64],
         tracked: int,
         batches: int,
         values: float,
         off: _Float64,
+        ratio: _Float64,
     ) -> tuple[str, str]:
         momentum = self.layer.momentum
         # The share of the noise of a batch that its average with those before it keeps.
-        kept = 1.0 / max(tracked, 1) if momentum is None else momentum / (2.0 - momentum)
-        of_noise = tracked > 0 and noise / _CLEARLY < stale <= _CLEARLY * (kept + 1.0 / batches) * noise
-        if of_noise and kept > 1.0 / _CLEARLY:
+        kept = 0.0 if not tracked else 1.0 / tracked if momentum is None else momentum / (2.0 - momentum)
+        of_noise = noise / _CLEARLY < stale <= _CLEARLY * (kept + 1.0 / batches) * noise
+        if of_noise and kept > 1.0 / _CLEARLY and any(beyond(0.0)):
             if momentum is None:
                 return "too few batches", f"an average of {tracked} is as noisy as a batch: calibrate, or train longer"
             return "momentum", (
@@ -285,6 +343,12 @@ class _Observer(Watcher):
             return "small batch", (
                 f"a batch of {values:.4g} values per channel is too small to tell what the data are; the running "
                 "statistics are no worse than that. Train on larger batches"
+            )
+        means_off, deviations_off = beyond(kept)
+        if not (means_off or deviations_off):
+            return "small batch", (
+                f"{batches} batches of {values:.4g} values per channel are too few to tell the running statistics from "
+                "those of the data. Compare on more batches, or train on larger ones"
             )
         initial = (1.0 - (momentum or 0.0)) ** tracked
         if initial < 1.0:
@@ -297,9 +361,13 @@ class _Observer(Watcher):
                 f"the initial statistics still weigh {initial:.0%} after {tracked} batches with momentum {momentum}: "
                 f"calibrate, train longer{'' if momentum is None else ', or raise momentum'}"
             )
+        found = [f"channel means are up to {off.max(initial=0.0):.3g} standard deviations away"] * means_off
+        if deviations_off:
+            farthest = ratio[np.argmax(np.abs(np.log(ratio)))]
+            found.append(f"a running standard deviation is {farthest:.3g} times theirs")
         return "drift", (
-            f"the running statistics are not of these data: channel means are up to {off.max(initial=0.0):.3g} "
-            "standard deviations away. Calibrate on training data if the weights have moved; else look at the data"
+            f"the running statistics are not of these data: {' and '.join(found)}. "
+            "Calibrate on training data if the weights have moved; else look at the data"
         )
 
 

@@ -102,6 +102,67 @@ def test_each_cause_is_named(case, seed):
     assert re.search(advice, layer.advice)
 
 
+# Channels, batches, their size, values that each sample has in a channel (all alike), and whether channels are alike.
+FEW = [
+    (1, 2, 64, 1, False), (6, 2, 64, 1, False), (6, 3, 8, 1, False), (256, 2, 64, 1, False), (256, 3, 16, 1, False),
+    (256, 2, 2, 1, False), (32, 2, 64, 1, True), (32, 2, 16, 9, False), (32, 4, 16, 9, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.5])
+@pytest.mark.parametrize(("channels", "count", "size", "each", "alike"), FEW)
+def test_the_right_statistics_are_not_blamed_for_few_batches(rng, channels, count, size, each, alike, momentum):
+    """Seeded bugs: no allowance for the batches' own error, for the largest of channels, for values that go together,
+    for deviations of four values that are far too small; an allowance for momentum alone.
+    """
+    bn = fastbn.BatchNorm(channels, momentum=momentum)
+
+    def draw(samples):
+        x = rng.normal(5, 2, (samples, 1 if alike else channels, 1))
+        return np.ascontiguousarray(np.broadcast_to(x, (samples, channels, each)), np.float32)
+
+    fastbn.calibrate(bn, [draw(3000)])
+    causes = [fastbn.train_eval_gap(bn, [draw(size) for _ in range(count)]).layers[0].cause for _ in range(200)]
+    assert sum(cause not in ("small batch", None) for cause in causes) <= 2  # at most 1 %
+    (layer,) = fastbn.train_eval_gap(bn, [draw(size) for _ in range(count)], tolerance=0.0).layers
+    assert layer.cause == "small batch"
+    few = rf"{count} batches of {size * each} values per channel are too few .* Compare on more"
+    assert re.match(few if layer.stale > layer.noise else "a batch of .* is too small to tell", layer.advice)
+
+
+DEVIATION = r"a running standard deviation is {}\d* times theirs\. Calibrate"
+DRIFTS = {
+    "mean": (1.0, 1.0, "not of these data: channel means are up to .* standard deviations away. Calibrate"),
+    "narrower": (0.0, 0.33, f"not of these data: {DEVIATION.format('[234][.]?')}"),
+    "wider": (0.0, 3.0, f"not of these data: {DEVIATION.format('0[.][234]')}"),
+    "twice": (0.0, 2.0, "not of these data: a running standard deviation is 0[.][3456]"),
+    "both": (9.0, 3.0, f"not of these data: channel means are .* away and {DEVIATION.format('0[.][234]')}"),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 6, 256])
+@pytest.mark.parametrize("case", DRIFTS)
+def test_drift_is_named_from_two_batches(rng, case, channels):
+    """And what of it drifted. Seeded bugs: an allowance that is too large; advice about means alone."""
+    shift, factor, advice = DRIFTS[case]
+    bn = fastbn.BatchNorm(channels)
+    fastbn.calibrate(bn, [rng.normal(size=(5000, channels)).astype(np.float32)])
+    for _ in range(20):
+        given = [(rng.normal(size=(64, channels)) * factor + shift).astype(np.float32) for _ in range(2)]
+        (layer,) = fastbn.train_eval_gap(bn, given).layers
+        assert layer.cause == "drift"
+        assert re.search(advice, layer.advice)
+
+
+def test_drift_of_one_channel_of_many_is_named(rng):
+    """Seeded bug: a test of the average over channels."""
+    bn = fastbn.BatchNorm(256)
+    fastbn.calibrate(bn, [rng.normal(size=(5000, 256)).astype(np.float32)])
+    bn.running_mean[17] += 5
+    (layer,) = fastbn.train_eval_gap(bn, list(rng.normal(size=(2, 64, 256)).astype(np.float32))).layers
+    assert (layer.cause, layer.worst_channel) == ("drift", 17)
+
+
 def test_the_tolerance_is_the_callers(rng):
     bn, given = trained(batches(rng, 200, 512)), batches(rng, 20, 512, shift=0.5)
     (layer,) = fastbn.train_eval_gap(bn, given).layers
