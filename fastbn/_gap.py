@@ -180,7 +180,7 @@ def train_eval_gap(
     C channels, in all but one case of a hundred (Bonferroni), however channels go together. Standard errors are those
     of values that know nothing of each other, of a kurtosis of up to 6, and of running statistics that average as many
     batches as momentum has them; if batches differ more than this, by Kish's (1965) design effect, that much larger.
-    From two batches of a channel or two that effect is hardly known: give more where the values of a sample go
+    From two or three batches of a few channels that effect is hardly known: give more where the values of a sample go
     together, as pixels do. What is not stale by this is put down to ``small batch``.
 
     Before all that comes an array of the layer that eval mode cannot work with, such as one with a NaN in it: it is
