@@ -149,9 +149,10 @@ fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_ma
         plan.slab = fbn_choose_slab(g, call, m, plan.team, plan.turns);
     }
     plan.tile = fbn_choose_tile(g, &plan);
-    const bool joined = call->adjacent && !call->gated;
+    /* A gate is written in words, which begin with every plane; it may be read from anywhere. */
+    const bool joined = call->adjacent && (!call->gated || call->op == FBN_PLAN_BACKWARD || call->op == FBN_PLAN_APPLY);
     int64_t run = (g->family == FBN_ROWS ? g->inner : g->channels) * size;
-    if (joined) {
+    if (call->adjacent && !call->gated) {
         plan.panel = fbn_choose_panel(g, &plan);
     }
     if (g->family == FBN_ROWS) {

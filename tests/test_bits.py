@@ -207,6 +207,7 @@ def test_what_takes_turns():
     assert not plan("forward", 64, 49)["turns"], "nothing is streamed"
     assert not plan("forward", 2048, 49, gated=True)["turns"], "runs of 196 bytes cannot be streamed"
     assert plan("forward", 512, 784, gated=True)["turns"]
+    assert plan("backward", 2048, 49, gated=True)["stream"], "a gate may be read from any place"
 
 
 @pytest.mark.parametrize("planes", ["long", "short"])

@@ -58,6 +58,14 @@ typedef struct {
     const fbn_turn *turn; /* rows, sums: with whom to take turns, or NULL */
 } fbn_span;
 
+/* n <= 16 bits of a gate from bit `at` on; what comes after them may be anything. */
+static inline unsigned fbn_gate_bits(const uint16_t *gate, int64_t at, int n)
+{
+    int past = (int)(at % 16);
+    unsigned bits = (unsigned)gate[at / 16] >> past;
+    return past + n > 16 ? bits | (unsigned)gate[at / 16 + 1] << (16 - past) : bits;
+}
+
 /* Arrays that vectors are loaded from begin with a cache line, and their memory has a line to spare for that. */
 enum { FBN_LINE = 64 };
 static inline void *fbn_to_line(void *p) { return (char *)p + (FBN_LINE - (uintptr_t)p % FBN_LINE) % FBN_LINE; }
@@ -68,7 +76,8 @@ static inline const void *fbn_ahead(const void *p, int64_t bytes)
     return (const void *)((uintptr_t)p + (uintptr_t)bytes);
 }
 
-/* Sums of longer planes, or of planes that have a gate: so many planes of a channel at a time, then of its neighbour. */
+/* Sums of longer planes, or of planes that have a gate: so many planes of a channel at a time, then of its neighbour.
+ */
 enum { FBN_STRETCH = 512, FBN_STRETCH_WIDE = 128, FBN_GROUP = 8 };
 static inline int64_t fbn_group(int64_t inner, bool wide)
 {
