@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 for module in ("matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(module)
@@ -23,6 +22,7 @@ EXAMPLES = str(Path(__file__).resolve().parent.parent / "examples")
 if EXAMPLES not in sys.path:
     sys.path.append(EXAMPLES)
 
+from matplotlib.figure import Figure  # noqa: E402
 from paper.data import Dataset  # noqa: E402
 from paper.study import Settings, perform  # noqa: E402
 
