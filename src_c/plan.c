@@ -116,7 +116,7 @@ static int64_t fbn_choose_panel(const fbn_geometry *g, const fbn_plan *plan)
                    ? fbn_ceil_div(FBN_PANEL_WIDTH, g->channels)
                    : 0;
     }
-    if (g->outer < FBN_PANEL_ROWS || g->inner >= FBN_SHORT_LEAST) {
+    if (g->outer < FBN_PANEL_ROWS || fbn_joins(g->inner, fbn_dtype_size(g->dtype))) {
         return 0;
     }
     int64_t grain = fbn_grain(g);
@@ -157,7 +157,7 @@ fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_ma
     }
     if (g->family == FBN_ROWS) {
         plan.side = fbn_choose_side(g, &plan);
-        run *= joined && g->inner >= FBN_SHORT_LEAST ? plan.side : 1;
+        run *= joined && fbn_joins(g->inner, size) ? plan.side : 1;
     }
     /* Runs that do not end with a cache line would be patched at both ends, and that costs more than it saves unless
      * they are long. */

@@ -210,14 +210,18 @@ def test_what_takes_turns():
     assert plan("backward", 2048, 49, gated=True)["stream"], "a gate may be read from any place"
 
 
-@pytest.mark.parametrize("planes", ["long", "short"])
+@pytest.mark.parametrize("planes", ["long", "short", "tiny"])
 def test_past_the_cache(planes, dtype, layout, rng):
     """A tensor so large that results are streamed to memory, against its halves, which are small enough not to be.
 
-    Red where a slab is left before all of it is applied.
+    Red where a slab is left before all of it is applied, or what lies before a cache line is taken for one channel's.
     """
     elements = _native.machine()["l2"] * 4 // dtype.itemsize
-    shape = (3, 16, elements // 48 + 5) if planes == "long" else (32, (elements // (32 * 49) // 16 + 1) * 16, 49)
+    shape = {
+        "long": (3, 16, elements // 48 + 5),
+        "short": (32, (elements // (32 * 49) // 16 + 1) * 16, 49),
+        "tiny": (32, elements // (32 * 25) // 2 * 2 + 3, 25),  # no image ends with a cache line
+    }[planes]
     if elements > 1 << 25:
         pytest.skip("this machine's cache is so large that the test would take minutes")
     x, grad_output, _, axis, weight, bias = data(rng, layout, dtype, shape)

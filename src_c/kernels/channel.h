@@ -121,6 +121,11 @@ enum { FBN_BLOCK = 4096, FBN_BLOCK_ROWS = 1024, FBN_STRIP_ROWS = 768, FBN_STRIPS
 enum { FBN_SHORT_LEAST = 16, FBN_SHORT_MOST = 128 };
 static inline bool fbn_short(int64_t inner) { return inner >= FBN_SHORT_LEAST && inner <= FBN_SHORT_MOST; }
 
+/* Whether rows of `width` elements of `size` bytes that touch may be one run: a vector lies in two rows at most, and
+ * what is before the first cache line in one. */
+enum { FBN_LINE = 64 };
+static inline bool fbn_joins(int64_t width, int64_t size) { return width >= 16 && width * size >= FBN_LINE; }
+
 typedef struct {
     int64_t planes;    /* planes in a block, where pieces is 1 */
     int64_t pieces;    /* blocks in a plane, where planes is 1 */

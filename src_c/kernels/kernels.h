@@ -67,7 +67,6 @@ static inline unsigned fbn_gate_bits(const uint16_t *gate, int64_t at, int n)
 }
 
 /* Arrays that vectors are loaded from begin with a cache line, and their memory has a line to spare for that. */
-enum { FBN_LINE = 64 };
 static inline void *fbn_to_line(void *p) { return (char *)p + (FBN_LINE - (uintptr_t)p % FBN_LINE) % FBN_LINE; }
 
 /* So many bytes from p, in which nothing need lie: a prefetch of nowhere does nothing. */
