@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#define V_SPILLS 1
+
 /* Named registers: an array of them would live in memory wherever the compiler does not see through it. */
 typedef struct {
     float32x4_t a, b, c, d;

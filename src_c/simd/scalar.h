@@ -12,6 +12,7 @@
 #include <string.h>
 
 #define V_IS_PLAIN_C 1
+#define V_SPILLS 1
 
 typedef struct {
     float l[16];
