@@ -142,7 +142,7 @@ class _Collector(Watcher):
         self.lock = threading.Lock()
         self.batches = 0
 
-    def add(self, found: Moments) -> None:
+    def add(self, found: Moments, *parts: Moments) -> None:
         # Whatever the caller made of errors in NumPy: those of the network are his, and these are not.
         with self.lock, np.errstate(all="ignore"):
             self.gather(found)

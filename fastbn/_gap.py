@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from fastbn import _native
 from fastbn._calibrate import ExactSums
+from fastbn._functional import moments
 from fastbn._layer import BatchNorm
 from fastbn._moments import Moments
 from fastbn._state import ailments
@@ -31,6 +33,10 @@ _FALSE_ALARMS = 0.01
 # The variance of a variance over that of one of normal values, (kurtosis - 1) / 2, that is taken for granted: Laplace's
 # distribution has a kurtosis of 6, a rectified normal one of 5.4.
 _TAILS = 2.5
+
+# Whether the values of a sample go together is asked of so many batches at the most, each in so many pieces.
+_ASKED = 8
+_PIECES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +186,14 @@ def train_eval_gap(
     C channels, in all but one case of a hundred (Bonferroni), however channels go together. Standard errors are those
     of values that know nothing of each other, of a kurtosis of up to 6, and of running statistics that average as many
     batches as momentum has them; if batches differ more than this, by Kish's (1965) design effect, that much larger.
-    From two or three batches of a few channels that effect is hardly known: give more where the values of a sample go
-    together, as pixels do. What is not stale by this is put down to ``small batch``.
+    Where a sample has several values in a channel, as images have, these may go together, and the effect is that of
+    pieces of batches, too: samples, or a few of them. Few pieces hardly know it, so it is larger by what Student's
+    distribution is wider than the normal one (by Wallace, 1959), but no larger than if all values of a sample were the
+    same. Samples are along the first axis that is not that of the channels. What is not stale by this is put down to
+    ``small batch``.
+
+    Two or three batches of a few channels do not tell how batches differ that samples within them do not, such as
+    batches of one class each: give more.
 
     Before all that comes an array of the layer that eval mode cannot work with, such as one with a NaN in it: it is
     the cause, whatever the tolerance.
@@ -210,10 +222,27 @@ class _Observer(Watcher):
     def __init__(self, name: str, layer: BatchNorm) -> None:
         super().__init__(name, layer)
         self.parts: list[Moments] = []
+        self.pieces: list[Moments] = []
+        self.together: list[int] = []  # values of a channel in a sample
 
-    def add(self, found: Moments) -> None:
+    def look(self, x: Any) -> list[Moments]:
+        """Return the moments of a batch; and where samples have several values in a channel, of pieces of it, too."""
+        found = super().look(x)
+        array, axis = _native.view(x, "x"), self.layer.channel_axis
+        along = int(axis % array.ndim == 0)
+        samples = array.shape[along]
+        if found[0].count > samples and len(self.parts) < _ASKED:
+            self.together.append(found[0].count // samples)
+            count = min(samples, _PIECES)
+            ends = [samples * i // count for i in range(count + 1)]
+            for piece in itertools.starmap(slice, itertools.pairwise(ends)):
+                found.append(moments(array[(slice(None),) * along + (piece,)], channel_axis=axis))
+        return found
+
+    def add(self, found: Moments, *pieces: Moments) -> None:
         self.refuse_single(found)
         self.parts.append(found)
+        self.pieces.extend(pieces)
 
     def report(self, tolerance: float) -> LayerGap:
         layer, parts = self.layer, self.parts
@@ -293,25 +322,41 @@ class _Observer(Watcher):
         That is of the share of the noise of a batch that the running statistics keep.
         """
         bound = np.sqrt(2.0 * np.log(2.0 * max(off.size, 1) / _FALSE_ALARMS))
-        rest, free, unit = len(counts) - 1, counts - 1, whole[1] + self.layer.eps
+        rest, free, unit, varies = len(counts) - 1, counts - 1, whole[1] + self.layer.eps, whole[1] > 0
         # The variance of the cube root of a variance over its expectation, for one degree of freedom (Wilson & Hilferty
         # 1931, and Paulson of two of them).
         cubic = 2.0 / 9.0
         roots = np.cbrt((variances * (counts / free)[:, None] + self.layer.eps) / unit)
         of_means = counts @ (means - whole[0]) ** 2 / unit / rest
         of_roots = free @ (roots - free @ roots / free.sum()) ** 2 / cubic / rest
+        # The same by pieces of batches, of which there are more. One may be a sample whose values are all alike, so its
+        # variance is taken about the mean of all.
+        finer_means, finer_vars, pieces = of_means, of_roots, rest
+        if len(self.pieces) > len(counts):
+            pieces = len(self.pieces) - 1
+            sizes, centers = np.array([p.count for p in self.pieces]), np.stack([p.mean for p in self.pieces])
+            vars_ = np.stack([p.var() for p in self.pieces]) + (centers - whole[0]) ** 2 + self.layer.eps
+            finer_means = sizes @ (centers - sizes @ centers / sizes.sum()) ** 2 / unit / pieces
+            finer_vars = sizes @ ((vars_ - sizes @ vars_ / sizes.sum()) / unit) ** 2 / 2.0 / pieces
+        # By how much Student's distribution is wider there (Wallace 1959).
+        wide = (bound * (8 * pieces + 3) / (8 * pieces + 1)) ** 2 / pieces
+        allowance, most = pieces * np.expm1(wide) / bound**2, max(self.together, default=1)
 
-        def effect(found: _Float64, least: float) -> _Float64:
-            known = whole[1] > 0
-            return np.fmax(found, max(least, float(found[known].mean()) if known.any() else least))
+        def known(found: _Float64, least: float) -> _Float64:
+            return np.fmax(found, max(least, float(found[varies].mean()) if varies.any() else least))
+
+        def effect(found: _Float64, finer: _Float64, least: float) -> _Float64:
+            fine = known(finer, least)
+            larger: _Float64 = np.maximum(fine, np.minimum(fine * allowance, least * most))
+            return np.maximum(larger, known(found, least))
 
         def beyond(kept: float) -> tuple[bool, bool]:
             # A deviation from few values may be far too small by chance: in the larger of the two.
             z = off / np.maximum(ratio, 1.0)
-            z = z / np.sqrt(effect(of_means, 1.0) * (1.0 / counts.sum() + kept / counts.mean()))
+            z = z / np.sqrt(effect(of_means, finer_means, 1.0) * (1.0 / counts.sum() + kept / counts.mean()))
             a, b = cubic / (counts.sum() - 1), cubic * kept / free.mean()
             r = ratio ** (-2.0 / 3.0)
-            z_root = np.abs(r * (1.0 - b) - (1.0 - a)) / np.sqrt(effect(of_roots, _TAILS) * (a + r * r * b))
+            z_root = np.abs(r * (1.0 - b) - (1.0 - a)) / np.sqrt(effect(of_roots, finer_vars, _TAILS) * (a + r * r * b))
             return not (z <= bound).all(), not (z_root <= bound).all()
 
         return beyond

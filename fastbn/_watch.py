@@ -50,8 +50,11 @@ class Watcher:
         """Note the statistics of a batch whose output is for nobody."""
         self._note(self.look(x))
 
-    def look(self, x: Any) -> Moments:
-        """Return the moments of what the layer was given, or raise if they are not finite or of other channels."""
+    def look(self, x: Any) -> list[Moments]:
+        """Return the moments of what the layer was given, and of parts of it for who asks for them.
+
+        Raise if they are not finite or of other channels.
+        """
         try:
             self.layer._check_channels(x)
             found = moments(x, channel_axis=self.layer.channel_axis)
@@ -64,13 +67,13 @@ class Watcher:
                 f"{self.name} must be given finite data, got statistics that are not finite in channels "
                 f"{np.flatnonzero(~good).tolist()}"
             )
-        return found
+        return [found]
 
-    def _note(self, found: Moments) -> None:
-        if found.count:
-            self.add(found)
+    def _note(self, found: list[Moments]) -> None:
+        if found[0].count:
+            self.add(*found)
 
-    def add(self, found: Moments) -> None:
+    def add(self, found: Moments, *parts: Moments) -> None:
         raise NotImplementedError
 
     def refuse_single(self, found: Moments) -> None:

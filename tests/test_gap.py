@@ -105,7 +105,8 @@ def test_each_cause_is_named(case, seed):
 # Channels, batches, their size, values that each sample has in a channel (all alike), and whether channels are alike.
 FEW = [
     (1, 2, 64, 1, False), (6, 2, 64, 1, False), (6, 3, 8, 1, False), (256, 2, 64, 1, False), (256, 3, 16, 1, False),
-    (256, 2, 2, 1, False), (32, 2, 64, 1, True), (32, 2, 16, 9, False), (32, 4, 16, 9, False),
+    (256, 2, 2, 1, False), (32, 2, 64, 1, True), (32, 2, 16, 9, False), (32, 4, 16, 9, False), (1, 2, 16, 9, False),
+    (1, 2, 4, 64, False), (3, 3, 4, 64, True), (2, 2, 64, 9, False),
 ]  # fmt: skip
 
 
@@ -113,7 +114,8 @@ FEW = [
 @pytest.mark.parametrize(("channels", "count", "size", "each", "alike"), FEW)
 def test_the_right_statistics_are_not_blamed_for_few_batches(rng, channels, count, size, each, alike, momentum):
     """Seeded bugs: no allowance for the batches' own error, for the largest of channels, for values that go together,
-    for deviations of four values that are far too small; an allowance for momentum alone.
+    for deviations of four values that are far too small; an allowance for momentum alone; values that go together asked
+    of batches alone, or of four samples as of many.
     """
     bn = fastbn.BatchNorm(channels, momentum=momentum)
 
@@ -152,6 +154,20 @@ def test_drift_is_named_from_two_batches(rng, case, channels):
         (layer,) = fastbn.train_eval_gap(bn, given).layers
         assert layer.cause == "drift"
         assert re.search(advice, layer.advice)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_drift_is_named_from_two_batches_of_images(rng, axis):
+    """Whose pixels go together, but not all. Seeded bugs: Student's distribution with the batches' degrees of freedom;
+    pieces along the wrong axis.
+    """
+    bn = fastbn.BatchNorm(2, channel_axis=axis)
+    bn.num_batches_tracked = 10000
+    for _ in range(20):
+        given = rng.normal(1, 0.7, (2, 64, 2, 1, 1)) + rng.normal(0, 0.7, (2, 64, 2, 4, 4))
+        given = [np.ascontiguousarray(np.moveaxis(x, 1, axis), np.float32) for x in given]
+        (layer,) = fastbn.train_eval_gap(bn, given).layers
+        assert layer.cause == "drift"
 
 
 def test_drift_of_one_channel_of_many_is_named(rng):
