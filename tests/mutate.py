@@ -436,6 +436,22 @@ BUGS = [
         "if True:\n                    momentum = self._momentum\n",
         "test_layer.py::test_training_from_many_threads_loses_no_batch",
     ),
+    Bug(
+        18,
+        "a hold without a lock",
+        "fastbn/_watch.py",
+        "            with layer._lock:\n                if layer._watch is not None",
+        "            if True:\n                if layer._watch is not None",
+        "test_calibrate.py::test_to_look_and_to_hold_is_one_step",
+    ),
+    Bug(
+        18,
+        "nobody stands aside",
+        "fastbn/_watch.py",
+        "session.instead = {id(layer): functools.partial(aside, layer) for _, layer in every}",
+        "session.instead = {}",
+        "test_calibrate.py::test_layers_that_are_not_named_stand_aside",
+    ),
 ]
 
 
