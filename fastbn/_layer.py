@@ -78,7 +78,7 @@ class BatchNorm:
     Parameters
     ----------
     num_features : int
-        Channels, C.
+        Channels, C: from 0 to what an array of float64 can have, 2**60 - 1 where addresses have 64 bits.
     eps : float, default 1e-5
         Added to the variance.
     momentum : float or None, default 0.1
@@ -123,6 +123,8 @@ class BatchNorm:
     ------
     TypeError, ValueError
         If an argument is not of the kind or in the range above.
+    MemoryError
+        If there is no memory for so many channels.
 
     Notes
     -----
@@ -196,7 +198,10 @@ class BatchNorm:
             dtype=dtype,
             on_nonfinite=on_nonfinite,
         )
-        fresh = {name: np.zeros_like(zeros, subok=False) for name, zeros in self._template().items()}
+        try:
+            fresh = {name: np.zeros_like(zeros, subok=False) for name, zeros in self._template().items()}
+        except MemoryError as error:
+            raise MemoryError(f"no memory for the arrays of num_features={self.num_features}") from error
         for name in ("weight", "running_var"):
             if name in fresh:
                 fresh[name] += 1
@@ -216,7 +221,7 @@ class BatchNorm:
         dtype: DTypeLike | None,
         on_nonfinite: str,
     ) -> None:
-        self._num_features = _state.as_integer("num_features", num_features, 0)
+        self._num_features = _state.as_integer("num_features", num_features, 0, _state.CHANNELS_MAX)
         self.eps = eps
         self.momentum = momentum
         self._affine = _native.flag("affine", affine)

@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from fastbn import _native
 
 __all__ = [
+    "CHANNELS_MAX",
     "COUNTER_MAX",
     "MAX_BYTES",
     "IncompatibleKeys",
@@ -49,6 +50,8 @@ _File = str | os.PathLike[str] | IO[bytes]
 _COUNTER = "num_batches_tracked"
 # Half of what its int64 holds: nobody can count the rest of the way.
 COUNTER_MAX = 1 << 62
+# Of float64, in an array.
+CHANNELS_MAX = sys.maxsize // 8
 # Of the dimensions that an array may have; FBN_MAX_DIMS, and NumPy's.
 _MOST_AXES = 64
 _FILE_VERSION = 1

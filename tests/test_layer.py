@@ -551,7 +551,7 @@ def test_a_pickled_state_goes_through_the_checker(change, message):
         bn.__setstate__({**state, **change})
     assert_unchanged(bn, before)
     bn.eval()
-    hostile = {**state, "settings": {**state["settings"], "num_features": 1 << 60}}
+    hostile = {**state, "settings": {**state["settings"], "num_features": 1 << 59}}
     with pytest.raises(ValueError, match="must have shape"):
         bn.__setstate__(hostile)
     for pickled, message in (({}, "version must be 1, got None"), (None, "must be a mapping, got NoneType"),
@@ -560,6 +560,18 @@ def test_a_pickled_state_goes_through_the_checker(change, message):
             bn.__setstate__(pickled)
     assert repr(bn) == "BatchNorm(4)"
     assert not bn.training
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("options", [{}, {"affine": False, "track_running_stats": False}])
+def test_more_channels_than_there_can_be(dtype, options):
+    """Seeded bugs: a message of NumPy's about arrays that nobody asked for, or a layer that nobody can use."""
+    for number in (1 << 60, 1 << 62, (1 << 63) - 1, 10**5000):
+        with pytest.raises(ValueError, match=r"^num_features must be from 0 to 2\*\*60 - 1, got "):
+            fastbn.BatchNorm(number, dtype=dtype, **options)
+    if not options:
+        with pytest.raises(MemoryError, match=f"^no memory for the arrays of num_features={1 << 59}$"):
+            fastbn.BatchNorm(1 << 59, dtype=dtype)
 
 
 def test_modes_and_repr():
