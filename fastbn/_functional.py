@@ -83,8 +83,8 @@ def batch_norm(
     Notes
     -----
     ``y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``: Algorithm 1 (training) and 2
-    (inference) of Ioffe & Szegedy, "Batch Normalization" (2015), https://arxiv.org/abs/1502.03167. On any error all
-    arrays are as they were.
+    (inference) of Ioffe & Szegedy, "Batch Normalization" (2015), https://arxiv.org/abs/1502.03167. In inference a
+    channel is NaN where ``running_var + eps`` is negative. On any error all arrays are as they were.
 
     Examples
     --------
@@ -311,7 +311,8 @@ def normalize(
     Notes
     -----
     ``(x - mean) / sqrt(var + eps) * weight + bias``: Algorithm 2 of Ioffe & Szegedy (2015). The mean is subtracted
-    before anything is multiplied, so a large mean costs no digits.
+    before anything is multiplied, so a large mean costs no digits. As in `batch_norm` for inference, and in PyTorch,
+    statistics are not looked into: a channel is NaN where ``var + eps`` is negative, and divided by zero where it is 0.
 
     Examples
     --------
@@ -384,7 +385,7 @@ def backward_apply(
     grad_output, x : array_like
         Same shape and dtype; as in `batch_norm`.
     mean, var : ndarray, shape (C,)
-        The statistics of the whole batch; `var` is biased.
+        The statistics of the whole batch; `var` is biased. A channel is NaN where ``var + eps`` is negative.
     weight : ndarray, shape (C,), or None
         The scale.
     sum_dy, sum_dy_xmu : ndarray, shape (C,)

@@ -140,6 +140,35 @@ def test_eps_zero_and_variance_zero(dtype, layout):
     assert dbias.tolist() == [44] * 3
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_negative_variance_makes_its_channel_nan(isa, dtype, layout, rng):
+    """As in PyTorch; where eps outweighs it, it counts. Seeded bugs: a deviation of 0 there, or of abs(var)."""
+    shape, axis = layout(4, 4, 11)
+    x, (mean, _) = normal(rng, shape, dtype), running(dtype, 4)
+    weight, bias = parameters(rng, 4, dtype)
+    var = np.array([-1.0, -1e-6, 1.0, -0.5], mean.dtype)
+    weight[3] = 0
+    expected = twin.normalize(x, mean, var, weight, bias, channel_axis=axis, activation="relu")
+    bn = fastbn.BatchNorm(4, channel_axis=axis, activation="relu", dtype=dtype).eval()
+    bn.weight, bn.bias, bn.running_mean, bn.running_var = weight, bias, mean, var
+
+    def bad(y):
+        return np.moveaxis(np.isnan(y), axis, 0).all(tuple(range(1, y.ndim))).tolist()
+
+    for y in (
+        fastbn.batch_norm(x, mean, var, weight, bias, channel_axis=axis, activation="relu"),
+        fastbn.normalize(x, mean, var, weight, bias, channel_axis=axis, activation="relu"),
+        bn(x),
+    ):
+        assert bad(y) == bad(expected) == [True, False, False, True]
+        assert_close(y.take([1, 2], axis), expected.take([1, 2], axis))
+    one, sums = np.ones_like(x), np.ones(4)
+    assert bad(bn.backward(one))[:3] == [True, False, False]
+    assert bad(fastbn.backward_apply(one, x, mean, var, weight, sums, sums, 44, channel_axis=axis))[:3] == [
+        True, False, False,
+    ]  # fmt: skip
+
+
 def test_inference_gradient_takes_statistics_as_constants(dtype, layout, rng):
     """dx = dy * weight / sqrt(var + eps), and the parameters' gradients with the running statistics."""
     shape, axis = layout(4, 3, 11)
