@@ -3,6 +3,9 @@
  * Every buffer is exactly as large as the arguments say it is, so that AddressSanitizer sees the first byte too many.
  * Arguments that no memory could satisfy are passed all the same, with NULL for what cannot be had. A call must return
  * a status, refuse what makes no sense, accept what does, and write nothing unless it returns FBN_OK.
+ *
+ * What is accepted is called twice: by one thread on a machine whose caches hold all of it, and as it was drawn on one
+ * whose caches are as small as its tensors. So plans of every kind are tried, and none may change a result.
  */
 #include "dispatch.h"
 #include "fastbn.h"
@@ -90,21 +93,23 @@ static int take_enum(source *s, int count)
 
 /* ---- memory of exactly the size that it must have ---- */
 
-enum { BUFFERS = 24, MOST_ELEMENTS = 1 << 16 };
+enum { BUFFERS = 48, MOST_ELEMENTS = 1 << 16, RAW = FBN_DTYPE_COUNT };
 
 typedef struct {
     char *data, *before; /* before: a copy of an output, for calls that must not write it */
     size_t bytes;
+    int type; /* a dtype, or RAW */
 } buffer;
 
 static buffer buffers[BUFFERS];
 static int buffer_count;
 
-static void *allocate(source *s, size_t bytes, bool is_output)
+static void *allocate(source *s, size_t bytes, int type, bool is_output)
 {
     REQUIRE(buffer_count < BUFFERS);
     buffer *b = &buffers[buffer_count++];
     b->bytes = bytes;
+    b->type = type;
     void *p = NULL;
     REQUIRE(posix_memalign(&p, 64, bytes) == 0);
     b->data = p;
@@ -127,6 +132,83 @@ static void release_all(bool nothing_written)
         REQUIRE(!nothing_written || b->before == NULL || memcmp(b->data, b->before, b->bytes) == 0);
         free(b->data);
         free(b->before);
+    }
+}
+
+/* The same bytes; but which NaN, of two, is the compiler's choice. */
+static bool same_content(const buffer *a, const buffer *b)
+{
+    static const uint64_t infinity[] = {
+        [FBN_F32] = 0x7f800000, [FBN_F64] = 0x7ff0000000000000, [FBN_F16] = 0x7c00, [FBN_BF16] = 0x7f80};
+    REQUIRE(a->bytes == b->bytes && a->type == b->type);
+    bool same = memcmp(a->data, b->data, a->bytes) == 0;
+    if (same || a->type == RAW) {
+        return same;
+    }
+    const size_t size = (size_t)fbn_dtype_size((fbn_dtype)a->type);
+    const uint64_t sign = (uint64_t)1 << (8 * size - 1);
+    for (size_t i = 0; i < a->bytes; i += size) {
+        uint64_t x = 0;
+        uint64_t y = 0;
+        memcpy(&x, a->data + i, size);
+        memcpy(&y, b->data + i, size);
+        if (x != y && ((x & ~sign) <= infinity[a->type] || (y & ~sign) <= infinity[a->type])) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* ---- the machine, which the linker lets every plan ask for here ---- */
+
+static fbn_machine machine;
+
+/* What plans decide, and how often; what is never seen is not tested. */
+#define DECISIONS(SEEN)                                                                                                \
+    SEEN(teams, plan.team > 1)                                                                                         \
+    SEEN(slabs, plan.slab > 0 && plan.slab * plan.team < g->channels)                                                  \
+    SEEN(sweeps, plan.slab == 0 && (call->op == FBN_PLAN_FORWARD || call->op == FBN_PLAN_BACKWARD))                    \
+    SEEN(sides, plan.side > 1 && call->adjacent)                                                                       \
+    SEEN(panels_of_planes, plan.panel > 0 && g->family == FBN_ROWS)                                                    \
+    SEEN(panels_of_rows, plan.panel > 0 && g->family == FBN_COLS)                                                      \
+    SEEN(streams, plan.stream)                                                                                         \
+    SEEN(turns, plan.turns)                                                                                            \
+    SEEN(panels_in_turns, plan.panel > 0 && plan.turns)                                                                \
+    SEEN(teams_in_turns, plan.team > 1 && plan.turns)                                                                  \
+    SEEN(ahead, plan.ahead > 0 && plan.ahead < g->channels)                                                            \
+    SEEN(warm, plan.warm)
+#define COUNT(what, condition) long what;
+static struct {
+    long plans;
+    DECISIONS(COUNT)
+} seen;
+
+fbn_plan __real_fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m);
+fbn_plan __wrap_fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m);
+fbn_plan __wrap_fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m)
+{
+    REQUIRE(m == fbn_this_machine());
+    const fbn_plan plan = __real_fbn_make_plan(g, call, &machine);
+#define SEE(what, condition) seen.what += (condition) ? 1 : 0;
+    DECISIONS(SEE)
+    seen.plans++;
+    return plan;
+}
+
+/* Every decision is made by one of the seeds. */
+static void report(void)
+{
+    enum { ENOUGH = 1000 };
+    bool all = true;
+#define SAY(what, condition)                                                                                           \
+    fprintf(stderr, " " #what " %ld", seen.what);                                                                      \
+    all = all && seen.what > 0;
+    fprintf(stderr, "plans %ld:", seen.plans);
+    DECISIONS(SAY)
+    fprintf(stderr, "\n");
+    if (!all && seen.plans > ENOUGH) {
+        fprintf(stderr, "there are plans that were never made\n");
+        _Exit(1);
     }
 }
 
@@ -153,8 +235,9 @@ typedef struct {
     fbn_act act;
     fbn_affine affine;
     int threads;
-    bool sane;   /* so far, everything that was drawn makes sense */
-    bool unsure; /* something was drawn that may be accepted or refused */
+    bool sane;    /* so far, everything that was drawn makes sense */
+    bool unsure;  /* something was drawn that may be accepted or refused */
+    bool repeats; /* a tensor may have two elements in one place, where the order of writing shows */
 } call;
 
 static void expect(call *c, bool condition) { c->sane = c->sane && condition; }
@@ -171,6 +254,14 @@ static call take_call(source *s)
     c.threads = take_threads(s);
     expect(&c, is_ownable(&c.g) && c.threads >= 1);
     return c;
+}
+
+/* Whether a dimension's steps do not meet, and lie within one step of the other dimension. */
+static bool nests(wide n, wide stride, wide others, wide other_stride, wide inner)
+{
+    stride = stride < 0 ? -stride : stride;
+    other_stride = other_stride < 0 ? -other_stride : other_stride;
+    return (n == 1 || stride >= inner) && (others == 1 || other_stride >= (n - 1) * stride + inner);
 }
 
 /* A tensor of the call's geometry: any strides; NULL, or misaligned, now and then. */
@@ -200,7 +291,9 @@ static fbn_tensor take_tensor(source *s, call *c, bool is_output)
     if (!in_reach || how == 100) {
         return t;
     }
-    char *p = allocate(s, (size_t)(high - low) * size, is_output);
+    c->repeats = c->repeats || !(nests(g->channels, t.channel_stride, g->outer, t.outer_stride, g->inner) ||
+                                 nests(g->outer, t.outer_stride, g->channels, t.channel_stride, g->inner));
+    char *p = allocate(s, (size_t)(high - low) * size, (int)g->dtype, is_output);
     t.data = p - (ptrdiff_t)low * (ptrdiff_t)size + (how > 100 && how <= 104 ? 1 : 0);
     return t;
 }
@@ -213,7 +306,7 @@ static double *take_channels(source *s, call *c, bool required, bool is_output)
     if (absent || c->g.channels < 1 || c->g.channels > MOST_ELEMENTS) {
         return NULL;
     }
-    double *p = allocate(s, (size_t)c->g.channels * sizeof(double), is_output);
+    double *p = allocate(s, (size_t)c->g.channels * sizeof(double), FBN_F64, is_output);
     for (int64_t i = 0; !is_output && i < c->g.channels && i < 8; i++) {
         p[i] = take_double(s);
     }
@@ -234,7 +327,7 @@ static uint8_t *take_gate(source *s, const call *c, bool is_output)
 {
     int64_t bytes = fbn_gate_bytes(&c->g);
     REQUIRE(bytes > 0 || !is_ownable(&c->g));
-    return is_ownable(&c->g) && take(s) % 2 == 0 ? (uint8_t *)allocate(s, (size_t)bytes, is_output) : NULL;
+    return is_ownable(&c->g) && take(s) % 2 == 0 ? (uint8_t *)allocate(s, (size_t)bytes, RAW, is_output) : NULL;
 }
 
 static const fbn_tensor *take_optional(source *s, call *c, fbn_tensor *t, bool is_output)
@@ -361,8 +454,8 @@ static fbn_status fuzz_copy(source *s, call *c)
     uint8_t how = take(s);
     bool ownable = bytes >= 0 && bytes <= MOST_ELEMENTS;
     size_t room = ownable ? (size_t)bytes : 0;
-    char *from = (char *)allocate(s, room, false) + (how == 1);
-    char *to = (char *)allocate(s, room, true) + (how == 2);
+    char *from = (char *)allocate(s, room, RAW, false) + (how == 1);
+    char *to = (char *)allocate(s, room, RAW, true) + (how == 2);
     c->sane = ownable && c->threads >= 1 && (how < 1 || how > 3);
     fbn_status status = fbn_copy(ownable && how != 3 ? from : NULL, ownable ? to : NULL, bytes, c->threads);
     REQUIRE(status != FBN_OK || memcmp(from, to, room) == 0);
@@ -466,6 +559,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
     (void)argv;
     REQUIRE(fbn_dispatch(NULL));
     fbn_parallel_init();
+    atexit(report);
     return 0;
 }
 
@@ -476,6 +570,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         fuzz_backward_reduce, fuzz_backward_apply, fuzz_backward,  fuzz_copy,
     };
     enum { ENTRIES = sizeof entries / sizeof *entries };
+    uint8_t caches = size > 0 ? data[--size] : 0;
     source s = {data, data + size};
     int how = take(&s);
     int which = how % (ENTRIES + 1);
@@ -484,12 +579,28 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         fuzz_collapse(&s);
         return 0;
     }
-    call c = take_call(&s);
+    const call given = take_call(&s);
+    const source rest = s;
+    call c = given;
+    c.threads = c.threads < 1 ? c.threads : 1;
+    machine = (fbn_machine){1 << 24, 1 << 28};
+    int64_t bytes = is_ownable(&c.g) ? c.g.outer * c.g.channels * c.g.inner * fbn_dtype_size(c.g.dtype) : 0;
     bool activates = entries[which] != fuzz_moments && entries[which] != fuzz_copy;
     expect(&c, !activates || (unsigned)c.act.kind < FBN_ACTIVATION_COUNT);
     fbn_status status = entries[which](&s, &c);
     REQUIRE(status == FBN_OK || status == FBN_BAD_ARGUMENT || status == FBN_NO_MEMORY);
     REQUIRE((status == FBN_OK) == c.sane || status == FBN_NO_MEMORY || (c.unsure && status == FBN_BAD_ARGUMENT));
+    if (status == FBN_OK) {
+        const int count = buffer_count;
+        machine = (fbn_machine){bytes >> caches % 8, bytes >> caches % 8 << caches / 8 % 8};
+        c = given;
+        s = rest;
+        status = entries[which](&s, &c);
+        REQUIRE(status == FBN_OK && buffer_count == 2 * count);
+        for (int i = 0; !c.repeats && i < count; i++) {
+            REQUIRE(same_content(&buffers[i], &buffers[count + i]));
+        }
+    }
     release_all(status != FBN_OK);
     return 0;
 }

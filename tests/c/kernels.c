@@ -2,8 +2,9 @@
  *
  * A case is one call drawn at random: shape, strides, placement, options, numbers. Each of its buffers lies between two
  * unreadable pages; inputs are read-only while a kernel runs; the surroundings of outputs must stay as they were. The
- * result of the scalar tier is the reference. (That the scalar tier computes batch normalization is for the tests in
- * Python to say.)
+ * reference is what the scalar tier makes of the same call in parts, as small as they may be: what a kernel does to
+ * many rows, planes or channels at a time is compared with what it does to each. (That the scalar tier computes batch
+ * normalization is for the tests in Python to say.)
  *
  * Usage: kernels [seed [thoroughness]]
  */
@@ -208,6 +209,7 @@ typedef struct {
     fbn_gate_rule rule;
     int64_t first, last; /* of the rows family's blocks */
     bool turns;          /* another walk runs in between */
+    bool touching;       /* applied to: rows with nothing between them, in every tensor */
     fbn_blocks blocks;
     int64_t channels;
     const double *mean;
@@ -287,17 +289,21 @@ static void output_add(call *c, matrix m, bool has_content)
     output_watch(&c->outputs[c->output_count++], m, has_content);
 }
 
-static int64_t draw_stride(int64_t width, bool may_repeat, rng *r)
+static int64_t draw_stride(const call *c, int64_t width, bool may_repeat, rng *r)
 {
+    if (c->touching) {
+        return width;
+    }
     int64_t stride = width + (rng_one_in(r, 2) ? 0 : rng_below(r, 20));
     return may_repeat && rng_one_in(r, 10) ? 0 : rng_one_in(r, 6) ? -stride : stride;
 }
 
 /* How many rows, or planes: few; now and then enough for several blocks. */
-static int64_t draw_rows(const operation *op, int64_t width, rng *r)
+static int64_t draw_rows(const call *c, int64_t width, rng *r)
 {
+    const operation *op = c->op;
     if (op->rows && op->shape == APPLIES) {
-        return rng_between(r, 1, width > 1000 ? 2 : 5);
+        return rng_between(r, 1, width > 1000 ? 2 : c->touching ? 12 : 5);
     }
     if (!rng_one_in(r, 12) || width > 200) {
         return rng_between(r, op->rows ? 1 : 0, width > 1000 ? 3 : 12);
@@ -305,12 +311,18 @@ static int64_t draw_rows(const operation *op, int64_t width, rng *r)
     return rng_between(r, 1, op->rows ? 2 + 2 * FBN_BLOCK / (width + 1) : 2 * FBN_BLOCK_ROWS + 9);
 }
 
+static int coef_type(const call *c) { return c->dtype == FBN_F64 ? FBN_F64 : FBN_F32; }
+
+static const void **coef_at(fbn_coef *k, int i)
+{
+    const void **all[] = {&k->unit, &k->neg_mean, &k->scale, &k->shift, &k->slope, &k->gain, &k->offset};
+    return all[i];
+}
+
 static void draw_coefs(call *c, rng *r)
 {
-    int type = c->dtype == FBN_F64 ? FBN_F64 : FBN_F32;
+    int type = coef_type(c);
     int64_t width = c->op->rows ? c->channels : c->span.width + FBN_COEF_PAD;
-    const void **targets[] = {&c->coef.unit,  &c->coef.neg_mean, &c->coef.scale, &c->coef.shift,
-                              &c->coef.slope, &c->coef.gain,     &c->coef.offset};
     numbers kind = c->kind == SPECIAL || c->kind == HUGE_NUMBERS || c->kind == TINY ? c->kind : PLAIN;
     for (int i = 0; i < 7; i++) {
         matrix *m = &c->coefs[i];
@@ -322,7 +334,7 @@ static void draw_coefs(call *c, rng *r)
         } else {
             matrix_fill(m, rng_one_in(r, 2) ? PLAIN : kind, r);
         }
-        *targets[i] = m->data;
+        *coef_at(&c->coef, i) = m->data;
     }
     if (rng_one_in(r, 2)) {
         c->coef.unit = NULL;
@@ -356,7 +368,7 @@ static void draw_apply_outputs(call *c, int64_t rows, rng *r)
         y = c->other;
         output_add(c, c->other, true);
     } else {
-        y = matrix_make(&the_memory.y, (int)c->dtype, rows, c->span.width, draw_stride(c->span.width, false, r),
+        y = matrix_make(&the_memory.y, (int)c->dtype, rows, c->span.width, draw_stride(c, c->span.width, false, r),
                         c->where, r);
         output_add(c, y, false);
     }
@@ -370,8 +382,8 @@ static void draw_apply_outputs(call *c, int64_t rows, rng *r)
     if (over_other) {
         output_add(c, c->other, true);
     } else {
-        extra = matrix_make(&the_memory.extra, (int)c->dtype, rows, c->span.width, draw_stride(c->span.width, false, r),
-                            c->where, r);
+        extra = matrix_make(&the_memory.extra, (int)c->dtype, rows, c->span.width,
+                            draw_stride(c, c->span.width, false, r), c->where, r);
         output_add(c, extra, false);
     }
     c->in_place = over_x + 2 * over_other;
@@ -414,7 +426,7 @@ static void draw_coefs_call(call *c, int64_t channels, rng *r)
     c->last = channels;
     c->first = channels == 0 || rng_one_in(r, 2) ? 0 : rng_below(r, channels);
     c->in_place = (int)rng_below(r, 2); /* the statistics' place: the tensor itself, or not */
-    int type = c->dtype == FBN_F64 ? FBN_F64 : FBN_F32;
+    int type = coef_type(c);
     matrix out = matrix_make(&the_memory.y, type, c->sums.sum_dy == NULL ? 4 : 7, channels, channels + rng_below(r, 50),
                              c->where, r);
     c->span = (fbn_span){.y = out.data, .y_stride = out.stride, .width = channels};
@@ -457,9 +469,10 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
     int64_t other_next = inner + (blocks && rng_one_in(r, 4) ? rng_between(r, 1, 20) : 0);
     int64_t other_width = blocks ? (c->channels - 1) * other_next + inner : width;
     width = blocks ? (c->channels - 1) * x_next + inner : width;
-    int64_t rows = draw_rows(op, width, r);
+    c->touching = op->shape == APPLIES && rng_one_in(r, 2);
+    int64_t rows = draw_rows(c, width, r);
     c->channels = op->rows && op->shape == APPLIES ? rows : c->channels;
-    c->x = matrix_make(&the_memory.x, type, rows, width, draw_stride(width, true, r), where, r);
+    c->x = matrix_make(&the_memory.x, type, rows, width, draw_stride(c, width, true, r), where, r);
     matrix_fill(&c->x, c->kind, r);
     c->span = (fbn_span){
         .x = c->x.data,
@@ -479,7 +492,8 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
         c->turns = rng_one_in(r, 2);
     }
     if (op->backward || (op->shape == APPLIES && rng_one_in(r, 2))) {
-        c->other = matrix_make(&the_memory.other, type, rows, other_width, draw_stride(other_width, true, r), where, r);
+        c->other =
+            matrix_make(&the_memory.other, type, rows, other_width, draw_stride(c, other_width, true, r), where, r);
         matrix_fill(&c->other, rng_one_in(r, 2) ? PLAIN : c->kind, r);
         c->span.other = c->other.data;
         c->span.other_stride = c->other.stride;
@@ -565,16 +579,66 @@ static bool turns_add_up(const call *c)
     return !c->turns || !all || fbn_short(s->width) || turned >= s->rows * s->width * c->channels;
 }
 
-static bool run(call *c, const tier *t)
+static void *moved(const void *p, int64_t elements, int type)
+{
+    return p == NULL ? NULL : (char *)(uintptr_t)p + elements * (int64_t)size_of(type);
+}
+
+/* Of what is applied a row, and not past the cache; of what is summed a channel, or of columns a word of the gate. */
+static call part_of(const call *c, int64_t i)
+{
+    call part = *c;
+    fbn_span *s = &part.span;
+    const bool applies = c->op->shape == APPLIES;
+    const bool rows = c->op->rows;
+    const int type = (int)c->dtype;
+    const int64_t channel = rows ? i : applies ? 0 : 16 * i;
+    s->x = moved(s->x, i * (applies ? s->x_stride : rows ? s->x_next : 16), type);
+    s->other = moved(s->other, i * (applies ? s->other_stride : rows ? s->other_next : 16), type);
+    s->y = moved(s->y, i * s->y_stride, type);
+    s->extra = moved(s->extra, i * s->extra_stride, type);
+    s->gate = moved(s->gate, i * (applies ? s->gate_stride : rows ? s->gate_next : 1), BITS);
+    for (int k = 0; k < 7; k++) {
+        *coef_at(&part.coef, k) = moved(*coef_at(&part.coef, k), channel, coef_type(c));
+    }
+    if (applies) {
+        s->rows = 1;
+        s->stream = 0;
+        return part;
+    }
+    part.channels = rows ? 1 : fbn_min(16, c->channels - channel);
+    s->width = rows ? s->width : part.channels;
+    part.mean = moved(part.mean, channel, FBN_F64);
+    for (int k = 0; k < 3; k++) {
+        part.stats[k] = moved(part.stats[k], channel, FBN_F64);
+    }
+    return part;
+}
+
+static void run_parts(const fbn_kernels *k, const call *c)
+{
+    const operation *op = c->op;
+    if (op->shape > APPLIES) {
+        op->run(k, c);
+        return;
+    }
+    const int64_t parts = op->shape == APPLIES ? c->span.rows : op->rows ? c->channels : fbn_ceil_div(c->channels, 16);
+    for (int64_t i = 0; i < parts; i++) {
+        const call part = part_of(c, i);
+        op->run(k, &part);
+    }
+}
+
+static bool run(call *c, const tier *t, void (*how)(const fbn_kernels *, const call *), bool turns)
 {
     fbn_kernels kernels = t->kernels->of[c->dtype];
     const fbn_turn turn = {take_turn, &kernels};
-    c->span.turn = c->turns ? &turn : NULL;
+    c->span.turn = turns ? &turn : NULL;
     turned = 0;
     for (int i = 0; i < c->output_count; i++) {
         output_reset(&c->outputs[i]);
     }
-    const bool ran = CHECK_RUNS(c->op->run(&kernels, c));
+    const bool ran = CHECK_RUNS(how(&kernels, c));
     c->span.turn = NULL;
     return ran;
 }
@@ -585,12 +649,12 @@ static void compare_tiers(call *c)
     /* Products of two NaNs are the compiler's choice, too. */
     const bool nans_alike = c->kind == PAYLOADS || c->op->shape == COEFS;
     describe(c, text, sizeof text);
-    if (!check(run(c, tiers[0]), "%s: scalar touches memory out of bounds", text)) {
+    if (!check(run(c, tiers[0], run_parts, false), "%s: in parts, scalar touches memory out of bounds", text)) {
         return;
     }
     for (int i = 0; i < c->output_count; i++) {
         output *o = &c->outputs[i];
-        check(output_surroundings_kept(o), "%s: scalar writes outside output %d", text, i);
+        check(output_surroundings_kept(o), "%s: in parts, scalar writes outside output %d", text, i);
         memcpy(o->reference, o->begin, (size_t)(o->end - o->begin));
         if (nans_alike) {
             make_nans_alike(o, o->reference);
@@ -600,12 +664,12 @@ static void compare_tiers(call *c)
         check(memcmp(c->span.x, c->span.y, (size_t)c->span.width * size_of((int)c->dtype)) == 0,
               "%s: scalar copies wrongly", text);
     }
-    check(turns_add_up(c), "%s: %lld elements in turns", text, (long long)turned);
-    for (int t = 1; t < tier_count; t++) {
+    for (int t = 0; t < tier_count; t++) {
         const char *name = tiers[t]->kernels->name;
-        if (!check(run(c, tiers[t]), "%s: %s touches memory out of bounds", text, name)) {
+        if (!check(run(c, tiers[t], c->op->run, c->turns), "%s: %s touches memory out of bounds", text, name)) {
             continue;
         }
+        check(turns_add_up(c), "%s: %s takes turns after %lld elements", text, name, (long long)turned);
         for (int i = 0; i < c->output_count; i++) {
             const output *o = &c->outputs[i];
             int64_t at = output_difference(o, nans_alike);
