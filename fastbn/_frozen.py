@@ -239,11 +239,12 @@ class FrozenBatchNorm(_native.Prepared):
         except ValueError:  # what is ragged has no shape; the checker says so
             shape = (0,)
         if len(shape) != 1:
-            raise ValueError(f"{prefix}running_mean must be a one-dimensional array, got shape {shape}")
+            name = _state.label(prefix + "running_mean")
+            raise ValueError(f"{name} must be a one-dimensional array, got shape {shape}")
         arrays, _ = _state.check_state(
             state,
             _state.template(shape[0], np.float64, affine=True, track_running_stats=True),
-            f"a FrozenBatchNorm with prefix {prefix!r}",
+            f"a FrozenBatchNorm with prefix {_native.said(prefix)}",
             prefix=prefix,
             optional=("weight", "bias", "num_batches_tracked"),
         )

@@ -37,6 +37,7 @@ __all__ = [
     "check_keys",
     "check_prefix",
     "check_state",
+    "label",
     "load",
     "plain",
     "read",
@@ -195,7 +196,7 @@ def check_keys(what: str, value: Any, names: Collection[str]) -> None:
     """Refuse what is no mapping with these keys and no others."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{what} must be a mapping, got {type(value).__name__}")
-    problems = _wrong_keys([n for n in names if n not in value], [str(key) for key in value if key not in names])
+    problems = _wrong_keys([n for n in names if n not in value], [key for key in value if key not in names])
     if problems:
         raise ValueError(f"{what} must have the keys {', '.join(names)}: {'; '.join(problems)}")
 
@@ -230,22 +231,22 @@ def check_state(
     if ((about.get("version") if isinstance(about, Mapping) else None) or 1) < 2:
         optional = {*optional, _COUNTER}
     missing = [prefix + name for name in expected if prefix + name not in state and name not in optional]
-    unknown = [
-        str(key)
+    unknown: list[Any] = [
+        key
         for key in state
         if not isinstance(key, str) or (key.startswith(prefix) and key.removeprefix(prefix) not in expected)
     ]
     problems = _wrong_keys(missing, unknown) if _native.flag("strict", strict) else []
     arrays = {}
     for name, like in expected.items():
-        if prefix + name in state:
+        if (key := prefix + name) in state:
             try:
-                arrays[name] = _converted(prefix + name, state[prefix + name], like, finite, name == "running_var")
+                arrays[name] = _converted(label(key), state[key], like, finite, name == "running_var")
             except (TypeError, ValueError) as error:
                 problems.append(str(error))
     if problems:
         raise ValueError(f"this state does not fit {owner}: {'; '.join(problems)}")
-    return arrays, IncompatibleKeys(missing, unknown)
+    return arrays, IncompatibleKeys(missing, [key if isinstance(key, str) else _native.said(key) for key in unknown])
 
 
 def save(file: _File, state: Mapping[str, ArrayLike], *, max_bytes: int = MAX_BYTES) -> None:
@@ -293,12 +294,13 @@ def save(file: _File, state: Mapping[str, ArrayLike], *, max_bytes: int = MAX_BY
     for name, value in state.items():
         if not isinstance(name, str):
             raise TypeError(f"a name in a state must be a str, got {type(name).__name__}")
+        told = label(name)
         if zipfile.ZipInfo(name).filename != name:
             raise ValueError(f"a name in a state must be one that an archive can hold, got {_native.said(name)}")
-        arrays[name] = _real_array(name, value)
+        arrays[name] = _real_array(told, value)
         if arrays[name].dtype.kind not in "fiu":
-            raise TypeError(f"{name} must be of a dtype of NumPy's own, got {arrays[name].dtype}")
-        _check_finite(name, arrays[name])
+            raise TypeError(f"{told} must be of a dtype of NumPy's own, got {arrays[name].dtype}")
+        _check_finite(told, arrays[name])
     max_bytes = as_integer("max_bytes", max_bytes, 0)
     # What is read again here, by the reader that strangers' files meet, can be read again anywhere.
     draft = io.BytesIO()
@@ -311,7 +313,7 @@ def save(file: _File, state: Mapping[str, ArrayLike], *, max_bytes: int = MAX_BY
         with zipfile.ZipFile(_Bounded(draft)) as archive:
             _read(archive, max_bytes, None)
     except (*_UNREADABLE, ValueError, struct.error) as error:  # struct.error: a name of more than 65535 bytes
-        raise ValueError(f"state must be such that it can be loaded again: {error}") from error
+        raise ValueError(f"state must be such that it can be loaded again: {_cut(str(error))}") from error
     with _written(file) as target:
         rest = draft.getbuffer()
         while len(rest):
@@ -373,7 +375,8 @@ def read(
             with zipfile.ZipFile(_Bounded(source)) as archive:
                 return _read(archive, max_bytes, check)
         except _UNREADABLE as error:
-            raise ValueError(f"not a state file that can be loaded: {str(error) or type(error).__name__}") from error
+            text = _cut(str(error)) or type(error).__name__
+            raise ValueError(f"not a state file that can be loaded: {text}") from error
 
 
 class _BadFileError(RuntimeError):
@@ -422,10 +425,11 @@ def _read(
     for entry in entries:
         name = entry.filename.removesuffix(".npy")
         if name in outline or name == entry.filename:
-            raise _BadFileError(f"{entry.filename!r} is {'twice in it' if name in outline else 'not an array'}")
+            wrong = "twice in it" if name in outline else "not an array"
+            raise _BadFileError(f"{_native.said(entry.filename)} is {wrong}")
         # The other methods take memory of their own before they give a byte.
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise _BadFileError(f"{name!r} is compressed by method {entry.compress_type}")
+            raise _BadFileError(f"{_native.said(name)} is compressed by method {entry.compress_type}")
         outline[name] = _outline(archive, entry, name)
     if check is not None:
         check(outline)
@@ -435,13 +439,14 @@ def _read(
             with archive.open(entry) as member:
                 arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
         except ValueError as error:
-            raise _BadFileError(f"{name!r} cannot be read: {error}") from error
-        _check_finite(name, arrays[name])
+            raise _BadFileError(f"{_native.said(name)} cannot be read: {error}") from error
+        _check_finite(label(name), arrays[name])
     return arrays
 
 
 def _outline(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> _Array:
     """Zeros like the array that an entry says it holds, after a look at its header alone."""
+    said = _native.said(name)
     with archive.open(entry) as member:
         try:
             if np.lib.format.read_magic(member) != (1, 0):
@@ -449,12 +454,12 @@ def _outline(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> _Ar
             shape, _, dtype = np.lib.format.read_array_header_1_0(member)
             array = _zeros(shape, dtype)
         except Exception:  # ValueError as a rule, but NumPy's parser lets others out too
-            raise _BadFileError(f"the header of {name!r} cannot be read") from None
+            raise _BadFileError(f"the header of {said} cannot be read") from None
         if dtype.kind not in "fiu":
-            raise _BadFileError(f"{name!r} must hold real numbers, got {dtype}")
+            raise _BadFileError(f"{said} must hold real numbers, got {_cut(str(dtype))}")
         told = member.tell() + array.nbytes
         if told != entry.file_size:
-            raise _BadFileError(f"{name!r} has {entry.file_size} bytes, and its header tells of {told}")
+            raise _BadFileError(f"{said} has {entry.file_size} bytes, and its header tells of {told}")
     return array
 
 
@@ -508,8 +513,8 @@ def _zeros(shape: tuple[int, ...], dtype: DTypeLike) -> _Array:
 def _kind(value: object, array: _Array) -> str:
     """Say what came where it is not the kind of array that was asked for."""
     if hasattr(value, "dtype"):
-        return str(array.dtype)
-    return type(value).__name__ + (f" of {array.dtype}" if array.ndim else "")
+        return _cut(str(array.dtype))
+    return type(value).__name__ + (f" of {_cut(str(array.dtype))}" if array.ndim else "")
 
 
 def _power(number: int) -> str:
@@ -520,13 +525,23 @@ def _power(number: int) -> str:
     return f"2**{exponent} - 1" if number == (1 << exponent) - 1 else f"2**{exponent - 1}"
 
 
-def _wrong_keys(missing: list[str], unknown: list[str]) -> list[str]:
+def _wrong_keys(missing: list[str], unknown: list[Any]) -> list[str]:
     return [f"{what} {_listed(keys)}" for what, keys in (("missing", missing), ("unknown", unknown)) if keys]
 
 
-def _listed(names: list[str], limit: int = 8) -> str:
+def _listed(names: list[Any], limit: int = 8) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(name[:80] for name in names[:limit]) + more
+    return ", ".join(map(label, names[:limit])) + more
+
+
+def label(name: Any) -> str:
+    """A name that may be anybody's, for a message: as it is if it is text that prints in a line, else as a literal."""
+    return name if isinstance(name, str) and name.isprintable() and len(name) <= 80 else _native.said(name)
+
+
+def _cut(text: str) -> str:
+    """Text in which there may be anybody's, and whatever that is as a literal."""
+    return text if len(text) <= 200 else f"{text[:180]}... ({len(text)} characters)"
 
 
 def _opened(file: _File) -> contextlib.AbstractContextManager[IO[bytes]]:

@@ -464,6 +464,47 @@ def test_a_hostile_file_is_a_value_error(name, tmp_path):
     assert_same(bn, trained().state_dict())
 
 
+LOUD = "A" * 60000 + "\x1b[31m\n"
+FIELDS = np.zeros(2, [(f"{'A' * 60}{i}\x1b", "f4") for i in range(99)])
+THREE = npy(np.ones(3))
+
+
+def stored(*entries, **options):
+    return io.BytesIO(archive(entries, **options))
+
+
+TOLD = {
+    "not an array": lambda: fastbn.load(stored((LOUD, THREE))),
+    "twice": lambda: fastbn.load(io.BytesIO(archive_twice().replace(b"weight.npy", b"we\x1b[3m.npy"))),
+    "a header": lambda: fastbn.load(stored((LOUD + ".npy", b"?"))),
+    "a size": lambda: fastbn.load(stored((LOUD + ".npy", THREE + b"?"))),
+    "a dtype": lambda: fastbn.load(stored((LOUD + ".npy", npy(np.ones(3, complex))))),
+    "fields": lambda: fastbn.load(stored(("a.npy", npy(FIELDS)))),
+    "nan": lambda: fastbn.load(stored((LOUD + ".npy", npy(np.full(3, np.nan))))),
+    "a name and another": lambda: fastbn.load(
+        io.BytesIO(stored((LOUD + ".npy", THREE)).getvalue().replace(b"A", b"B", 1))
+    ),
+    "compressed": lambda: fastbn.load(stored((LOUD + ".npy", THREE), method=zipfile.ZIP_BZIP2)),
+    "unknown": lambda: fastbn.BatchNorm(3).load(stored((LOUD + ".npy", THREE))),
+    "unknown, but short": lambda: fastbn.BatchNorm(3).load(stored((LOUD[-9:] + ".npy", THREE))),
+    "unknown to a pickle": lambda: fastbn.BatchNorm(3).__setstate__({**fastbn.BatchNorm(3).__getstate__(), LOUD: 0}),
+    "no text": lambda: fastbn.BatchNorm(3).load_state_dict({10**5000: 0}),
+    "a prefix": lambda: fastbn.FrozenBatchNorm.from_state_dict({LOUD + "a": 0}, LOUD),
+    "a shape": lambda: fastbn.FrozenBatchNorm.from_state_dict({LOUD + "running_mean": 0}, LOUD),
+    "nan to save": lambda: fastbn.save(io.BytesIO(), {LOUD: np.full(3, np.nan)}),
+    "fields to save": lambda: fastbn.save(io.BytesIO(), {LOUD: FIELDS}),
+}
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_what_others_wrote_is_told_in_few_words(case):
+    """And in one line, without a word to the terminal. Seeded bugs: a name as it is, whole or cut; a whole dtype."""
+    with pytest.raises((ValueError, TypeError)) as error:
+        TOLD[case]()
+    assert len(str(error.value)) < 800
+    assert str(error.value).isprintable()
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_damaged_file_is_a_value_error_or_harmless(seed):
     """500 files with a few bytes changed. Seeded bug: an exception of zipfile's that load does not know."""

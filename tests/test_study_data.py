@@ -327,6 +327,16 @@ def test_a_pickle_runs_no_code(protocol, folder, rng):
     assert not trace.exists()
 
 
+@pytest.mark.parametrize("content", [b"c" + b"A" * 9000 + b"\x1b[31m\nname\n.", b"c" + b"\x1b[31m" + b"A\nname\n."])
+def test_what_a_file_says_is_told_in_few_words(content, folder):
+    """And in one line, without a word to the terminal. Seeded bug: a name as it is."""
+    (folder / "data_batch_1").write_bytes(content)
+    with pytest.raises(ValueError, match="asks for") as error:
+        load(folder)
+    assert len(str(error.value)) < 400 + len(str(folder))
+    assert str(error.value).isprintable()
+
+
 def test_the_set_is_that_of_the_file_named(folder, mnist):
     """Both lie in one folder. Red where a file stands for whatever lies beside it."""
     idx_folder(mnist, folder)

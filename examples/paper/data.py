@@ -132,7 +132,7 @@ def mnist_npz(path: Path) -> Dataset:
                 raise ValueError(f"expected the arrays {', '.join(keys)}; {', '.join(missing)} missing")
             arrays = [file[key] for key in keys]
     except Exception as error:  # a damaged archive can raise anything
-        raise ValueError(f"{path}: not a readable MNIST npz file: {error}") from error
+        raise ValueError(f"{path}: not a readable MNIST npz file: {_brief(error)}") from error
     return _mnist([f"{path}, {key}" for key in keys], arrays)
 
 
@@ -180,7 +180,7 @@ class _ArraysOnly(pickle.Unpickler):
             return allowed[module.rpartition(".")[2], name]
         except KeyError:
             raise pickle.UnpicklingError(
-                f"the file asks for {module}.{name}, which no CIFAR-10 batch contains"
+                f"the file asks for {reprlib.repr(f'{module}.{name}')}, which no CIFAR-10 batch contains"
             ) from None
 
 
@@ -192,9 +192,9 @@ def _cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
             raise ValueError(f"expected a dict with the keys b'data' and b'labels', as bytes, found {what}")
         images, labels = np.asarray(batch[b"data"]), np.asarray(batch[b"labels"])
     except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{path}: not a readable CIFAR-10 batch: {error}") from error
+        raise ValueError(f"{path}: not a readable CIFAR-10 batch: {_brief(error)}") from error
     if images.ndim != 2 or images.shape[1] != 3072 or images.dtype != np.uint8:
-        raise ValueError(f"{path}: expected rows of 3072 bytes, found {images.dtype} {images.shape}")
+        raise ValueError(f"{path}: expected rows of 3072 bytes, found {_brief(images.dtype)} {images.shape}")
     _check_labels(str(path), str(path), images, labels)
     return images.reshape(-1, 3, 32, 32) / np.float32(255), labels
 
@@ -207,7 +207,7 @@ def _mnist(sources: list[str], arrays: list[np.ndarray]) -> Dataset:
         if images.ndim != 3 or images.dtype != np.uint8:
             raise ValueError(
                 f"{source}: expected images of unsigned bytes, (count, height, width), "
-                f"found {images.dtype} {images.shape}"
+                f"found {_brief(images.dtype)} {images.shape}"
             )
         _check_labels(source, sources[place + 1], images, labels)
         if 0 in images.shape:
@@ -218,11 +218,19 @@ def _mnist(sources: list[str], arrays: list[np.ndarray]) -> Dataset:
 
 def _check_labels(source: str, of_labels: str, images: np.ndarray, labels: np.ndarray) -> None:
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-        raise ValueError(f"{of_labels}: labels of {labels.dtype} {labels.shape} for {len(images)} images of {source}")
+        found = f"{_brief(labels.dtype)} {labels.shape}"
+        raise ValueError(f"{of_labels}: labels of {found} for {len(images)} images of {source}")
     if not len(labels):
         raise ValueError(f"{source}: no images")
     if labels.min() < 0 or labels.max() >= CLASSES:
         raise ValueError(f"{of_labels}: labels are 0 to {CLASSES - 1}, found {labels.min()} to {labels.max()}")
+
+
+def _brief(what: object) -> str:
+    """In a few words and on one line, for text in it may be the file's."""
+    text = " ".join(str(what).split())
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= 200 else f"{text[:180]}... ({len(text)} characters)"
 
 
 def _spellings(name: str) -> tuple[str, ...]:
