@@ -18,6 +18,7 @@ import fastbn
 from fastbn import _native
 from fastbn._bench import engine, report
 from fastbn._bench.cases import SHAPES, Case, format_shape, parse_shape
+from fastbn._bench.cli import duration
 from fastbn._bench.data import Tensors, aligned
 from fastbn._bench.peers import Copy, Entry, Fastbn
 
@@ -262,13 +263,19 @@ def expect(m: Machine, cores: int, shapes: list[tuple[int, ...]]) -> list[list[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=["resnet50"], help="as in python -m fastbn bench")
-    parser.add_argument("--seconds", type=float, default=0.2, help="for each group of measurements")
+    parser.add_argument("--seconds", type=duration, default=0.2, help="for each group of measurements")
     parser.add_argument("--cores", type=int, help="predict so many of this machine's cores, too")
     parser.add_argument("--sockets", type=int, default=1, help="that they are on")
     parser.add_argument("--bandwidth", type=float, default=300, help="GB/s of a socket (default: %(default)s)")
     parser.add_argument("--l3", type=float, default=256, help="MB of a socket (default: %(default)s)")
     args = parser.parse_args()
-    shapes = [shape for name in args.shapes for shape in SHAPES.get(name) or (parse_shape(name),)]
+    for name in ("cores", "sockets", "bandwidth", "l3"):
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            parser.error(f"--{name} must be positive and finite, got {value}")
+    try:
+        shapes = [shape for name in args.shapes for shape in SHAPES.get(name) or (parse_shape(name),)]
+    except ValueError as error:
+        parser.error(f"--shapes: {error}")
     print(report.describe(report.machine([Fastbn()])))
     others = report.Others()
     m = measure_machine(args.seconds)

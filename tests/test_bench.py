@@ -301,16 +301,29 @@ def test_full_has_all_there_is():
     [
         (["--shapes", "32x0x4"], "32x0x4"),
         (["--shapes", "resnet"], "expected one of resnet50"),
-        (["--threads", "0"], "expected a number of threads or all"),
+        (["--shapes", "9" * 5000 + "x2"], "expected one of resnet50"),
+        (["--shapes", "9999999999x9999999999"], "expected one of resnet50"),
+        (["--shapes", "1x" * 64 + "8"], "expected one of resnet50"),
+        (["--shapes", "1_0x2"], "expected one of resnet50"),
+        (["--shapes", "1x8", "--ops", "forward"], "nothing to measure: of one value per channel there is no training"),
+        *((["--threads", n], "expected a number of threads from 1 to 1024, or all") for n in ("0", "1025", "9" * 5000)),
+        *((["--seconds", n], "seconds, finite and not negative") for n in ("nan", "-1", "inf", "1e999", "x")),
+        (["--json", str(ROOT / "nowhere" / "found.json")], "found.json cannot be written: there is no folder"),
+        (["--picture", str(ROOT / "nowhere" / "found.png")], "found.png cannot be written: there is no folder"),
+        (["--markdown", str(ROOT / "nowhere")], "nowhere cannot be read"),
         (["--shapes", "tiny", "--markdown", str(ROOT / "README.md")], "no chosen shape is large enough"),
         (["--peers", "caffe"], "invalid choice: 'caffe'"),
         (["--markdown", str(ROOT / "LICENSE")], "LICENSE has no table of python -m fastbn bench"),
     ],
 )
 def test_wrong_options_are_told(options, message, capsys):
+    """Before anything is measured. What argparse refuses is a usage error."""
     with pytest.raises(SystemExit) as stopped:
         main(["bench", *options])
-    assert message in f"{stopped.value.code} {capsys.readouterr().err}"
+    captured = capsys.readouterr()
+    assert message in f"{stopped.value.code} {captured.err}"
+    assert (stopped.value.code == 2) == ("usage: " in captured.err)
+    assert not captured.out
 
 
 def test_a_peer_that_is_missing(monkeypatch, capsys):

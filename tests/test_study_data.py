@@ -331,7 +331,7 @@ def test_a_pickle_runs_no_code(protocol, folder, rng):
 def test_what_a_file_says_is_told_in_few_words(content, folder):
     """And in one line, without a word to the terminal. Seeded bug: a name as it is."""
     (folder / "data_batch_1").write_bytes(content)
-    with pytest.raises(ValueError, match="asks for") as error:
+    with pytest.raises(ValueError, match=r"asks for .*, which no CIFAR-10 batch contains") as error:
         load(folder)
     assert len(str(error.value)) < 400 + len(str(folder))
     assert str(error.value).isprintable()

@@ -163,6 +163,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=40, help="threads that ask (default: %(default)s)")
     parser.add_argument("--parameters", type=Path, default=PARAMETERS, help="the file that train.py writes")
     arguments = parser.parse_args()
+    if min(arguments.requests, arguments.clients) < 1:
+        parser.error("--requests and --clients must be at least 1")
     if not arguments.parameters.exists():
         subprocess.run([sys.executable, HERE / "train.py", arguments.parameters], check=True)
 

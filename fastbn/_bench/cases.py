@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -183,10 +185,8 @@ def format_shape(shape: Shape) -> str:
 
 def parse_shape(text: str) -> Shape:
     """``"32x64x56x56"`` as a shape."""
-    try:
-        shape = tuple(map(int, text.split("x")))
-    except ValueError:
-        shape = ()
-    if len(shape) < 2 or min(shape) < 1:
+    # As many dimensions, and of float64 as many bytes, as an array can have.
+    shape = tuple(map(int, text.split("x"))) if re.fullmatch(r"[0-9]{1,19}(x[0-9]{1,19}){1,63}", text) else (0,)
+    if not 0 < math.prod(shape) <= sys.maxsize // 8:
         raise ValueError(f"expected one of {', '.join(SHAPES)}, or a shape such as 32x64x56x56; got {text!r}")
     return shape

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from fastbn._bench.data import Tensors, is_known
 from fastbn._bench.engine import Contest, Group, run
 from fastbn._bench.onednn import OneDNN
 from fastbn._bench.peers import Copy, Entry, Fastbn, NumPy, OnnxRuntime, Peer, Torch, entries
+from fastbn._threads import MAX_THREADS
 
 PEERS: dict[str, Callable[[], Peer]] = {"torch": Torch, "onednn": OneDNN, "onnxruntime": OnnxRuntime, "numpy": NumPy}
 OUT = {"given": (False,), "fresh": (True,), "both": (False, True), "inplace": (False,)}
@@ -42,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", choices=OUT, help=out)
     ratio = "measure what differs in this alone against each other: ratios to the first, or to the fastest peer"
     parser.add_argument("--ratio", choices=[*AXES, "out", "peers"], help=ratio)
-    parser.add_argument("--seconds", type=float, default=0.4, help="for each group (default: %(default)s)")
+    text = "for each group (default: %(default)s); 0 for as few calls as check the results"
+    parser.add_argument("--seconds", type=duration, default=0.4, metavar="S", help=text)
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:
@@ -128,12 +132,22 @@ class Data:
 
 def bench(args: argparse.Namespace) -> int:
     """Run the command; 1 if a result of fastbn's is wrong."""
-    if args.markdown and not report.MARKED.search(args.markdown.read_text()):
-        raise SystemExit(f"{args.markdown} has no table of python -m fastbn bench")
+    for path in filter(None, (args.json, args.picture)):
+        if not path.parent.is_dir():
+            raise SystemExit(f"{path} cannot be written: there is no folder {path.parent}")
+    if args.markdown:
+        try:
+            page = args.markdown.read_text()
+        except (OSError, UnicodeError) as error:
+            raise SystemExit(f"{args.markdown} cannot be read: {error}") from None
+        if not report.MARKED.search(page):
+            raise SystemExit(f"{args.markdown} has no table of python -m fastbn bench")
     if args.picture and not importlib.util.find_spec("matplotlib"):
         raise SystemExit("--picture needs matplotlib")
     found = peers(args)
     chosen = contests(args, found)
+    if not chosen:
+        raise SystemExit("nothing to measure: of one value per channel there is no training, nor a backward in place")
     if (args.picture or args.markdown) and all(contest.case.small for contest in chosen):
         raise SystemExit("--picture and --markdown are about traffic: no chosen shape is large enough")
     info = report.machine(found)
@@ -178,6 +192,17 @@ def _fits(contest: Contest, data: Data) -> bool:
     return free is None or need < 0.9 * (free + data.nbytes)
 
 
+def duration(text: str) -> float:
+    """How long to measure."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 <= found < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, finite and not negative; got {text!r}")
+    return found
+
+
 def _shape(text: str) -> str:
     if text not in SHAPES:
         try:
@@ -189,6 +214,7 @@ def _shape(text: str) -> str:
 
 def _threads(text: str) -> int:
     """0 for all."""
-    if text != "all" and not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"expected a number of threads or all; got {text!r}")
-    return 0 if text == "all" else int(text)
+    count = int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
+    if text != "all" and not 1 <= count <= MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"expected a number of threads from 1 to {MAX_THREADS}, or all; got {text!r}")
+    return count
