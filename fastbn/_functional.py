@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import _native
@@ -47,8 +48,8 @@ def batch_norm(
         two dimensions. It is viewed, not copied, whatever its strides, where they collapse to (outer, channels, inner).
     running_mean, running_var : ndarray, shape (C,), or None
         Running statistics, float32 or float64. In training they are updated in place:
-        ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance; each may be None. For
-        inference both are needed, and only read.
+        ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance; each may be None, and
+        they must not share memory. For inference both are needed, and only read.
     weight, bias : ndarray, shape (C,), or None
         Scale and shift, in any float dtype. None means ones, and zeros.
     training : bool
@@ -98,6 +99,13 @@ def batch_norm(
     array([0.2, 2. ], dtype=float32)
     """
     if training is not False and _native.flag("training", training):
+        # Of two arrays that overlap, one at least is a view.
+        if (
+            running_mean is running_var
+            or getattr(running_mean, "base", None) is not None
+            or getattr(running_var, "base", None) is not None
+        ):
+            _check_apart(running_mean, running_var)
         y, _ = _native.forward_train(
             x,
             running_mean,
@@ -130,6 +138,13 @@ def batch_norm(
         residual,
         out,
     )
+
+
+def _check_apart(running_mean: Any, running_var: Any) -> None:
+    """Refuse statistics of which one would be written over the other; what are no vectors is refused elsewhere."""
+    vectors = all(isinstance(a, np.ndarray) and a.ndim == 1 for a in (running_mean, running_var))
+    if vectors and np.shares_memory(running_mean, running_var):
+        raise ValueError("running_mean and running_var must not share memory in training, which writes both")
 
 
 def batch_norm_forward(

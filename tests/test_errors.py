@@ -410,6 +410,34 @@ def test_inference_needs_both_statistics(mean, var):
         fastbn.batch_norm(tensor(), mean, var, training=False)
 
 
+MEMORY = np.arange(8.0)
+READ_BACK = np.arange(4.0)
+SHARING = {
+    "the same": (MEMORY[:4],) * 2,
+    "the same, which owns it": (READ_BACK,) * 2,
+    "a part": (MEMORY[:4], MEMORY[3:7]),
+    "turned round": (MEMORY[:4], MEMORY[3::-1]),
+    "a view of the other": (READ_BACK, READ_BACK[:]),
+    "and the other of it": (READ_BACK[:], READ_BACK),
+    "in other units": (MEMORY[:4], MEMORY[3:5].view(np.float32)),
+}
+
+
+@pytest.mark.parametrize("case", SHARING)
+def test_running_statistics_that_share_memory(case):
+    """Training writes both. Seeded bugs: only the same object seen; arrays side by side refused, or inference."""
+    mean, var = SHARING[case]
+    x, before = tensor(shape=(5, 4), dtype=np.float64), (MEMORY.copy(), READ_BACK.copy())
+    with pytest.raises(ValueError, match="running_mean and running_var must not share memory in training"):
+        fastbn.batch_norm(x, mean, var, training=True)
+    np.testing.assert_array_equal(MEMORY, before[0])
+    np.testing.assert_array_equal(READ_BACK, before[1])
+    fastbn.batch_norm(x, mean, var)
+    both = np.ones((4, 2))
+    for side in (both.T, both.reshape(2, 4)):
+        fastbn.batch_norm(x, *side, training=True)
+
+
 @pytest.mark.parametrize("function", ["fold_conv", "fold_linear"])
 @pytest.mark.parametrize(
     ("weight", "bias", "bn", "named"),
