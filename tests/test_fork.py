@@ -8,7 +8,7 @@ import threading
 
 import numpy as np
 import pytest
-from fresh import comms
+from fresh import comms, no_asan
 
 import fastbn
 from fastbn import _native
@@ -69,6 +69,7 @@ def test_fork_after_a_parallel_call(work):
         assert fork_and_wait(work) == 0
 
 
+@no_asan
 def test_fork_in_another_thread(work):
     """Row 1, 20 forks. Red as above."""
     codes = []
@@ -91,6 +92,7 @@ def test_multiprocessing(work):
         assert process.exitcode == 0
 
 
+@no_asan
 def test_fork_while_another_thread_is_inside_a_call(work):
     """Row 1, 20 forks. Red with a handler that does not free the team: the child never has one again."""
     stop = threading.Event()
@@ -119,6 +121,7 @@ def test_fork_while_another_thread_is_inside_a_call(work):
     assert work()
 
 
+@no_asan
 def test_fork_while_threads_wait_for_a_layers_numbers():
     """Row 1, 60 forks. Seeded bug, where there is no GIL: a child that does not renew the lock of _native.pyx, which
     may have been handed to a thread that it does not have.
@@ -153,6 +156,7 @@ def test_fork_while_threads_wait_for_a_layers_numbers():
     assert codes == [0] * 60
 
 
+@no_asan
 @pytest.mark.parametrize("here", [False, True])
 def test_fork_while_a_layer_is_calibrated(here):
     """By another thread, which the child has not, so it has the layer back; or by the one that forks, and it goes on.

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import arrays
 import numpy as np
 import pytest
+from fresh import no_asan
 from numpy.testing import assert_allclose, assert_array_equal
 from tolerance import assert_close
 
@@ -619,6 +620,7 @@ def test_eval_calls_do_not_wait_for_training():
     thread.join()
 
 
+@no_asan
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_child_forked_while_a_thread_trains_can_train():
     """Seeded bug: the lock as it was at the fork."""

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from fresh import ASAN, run
+from fresh import ASAN, no_asan, run
 
 import fastbn
 from fastbn import _memory, _native
@@ -316,6 +316,7 @@ class TestThreadsAndForks:
         assert not wrong
         assert counted("blocks") <= 3 * 8  # the old two, until the new one takes a place
 
+    @no_asan
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
     @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
     def test_fork(self):
