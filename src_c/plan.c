@@ -38,11 +38,13 @@ const fbn_machine *fbn_this_machine(void) { return &fbn_machine_now; }
 
 int64_t fbn_dtype_size(fbn_dtype dtype) { return dtype == FBN_F64 ? 8 : dtype == FBN_F32 ? 4 : 2; }
 
-/* Bytes below which a parallel region costs more than it saves; what is short enough for a panel, and how many rows and
- * elements make one worth it; columns of a tile, whose words of a gate must be whole. */
+/* Bytes below which a parallel region costs more than it saves; what is short enough for a panel, and where rows that
+ * are not streamed share their coefficients; how many rows and elements make one worth it; columns of a tile, whose
+ * words of a gate must be whole. */
 enum {
     FBN_SERIAL_BYTES = 128 << 10,
     FBN_PANEL_BYTES = 1024,
+    FBN_STACKED_BYTES = 256,
     FBN_PANEL_ROWS = 8,
     FBN_PANEL_WIDTH = 512,
     FBN_TILE = 1024,
@@ -108,13 +110,12 @@ static int64_t fbn_choose_tile(const fbn_geometry *g, const fbn_plan *plan)
     return fbn_clamp(fbn_ceil_div(share, 16) * 16, 16, FBN_TILE);
 }
 
-static int64_t fbn_choose_panel(const fbn_geometry *g, const fbn_plan *plan)
+static int64_t fbn_choose_panel(const fbn_geometry *g, const fbn_plan *plan, bool large)
 {
     if (g->family == FBN_COLS) {
-        bool many = g->outer * g->channels >= FBN_PANEL_ROWS * FBN_PANEL_WIDTH;
-        return many && g->channels * fbn_dtype_size(g->dtype) < FBN_PANEL_BYTES
-                   ? fbn_ceil_div(FBN_PANEL_WIDTH, g->channels)
-                   : 0;
+        const bool many = g->outer * g->channels >= FBN_PANEL_ROWS * FBN_PANEL_WIDTH;
+        const int64_t most = large ? FBN_PANEL_BYTES : FBN_STACKED_BYTES;
+        return many && g->channels * fbn_dtype_size(g->dtype) < most ? fbn_ceil_div(FBN_PANEL_WIDTH, g->channels) : 0;
     }
     if (g->outer < FBN_PANEL_ROWS || fbn_joins(g->inner, fbn_dtype_size(g->dtype))) {
         return 0;
@@ -153,7 +154,7 @@ fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_ma
     const bool joined = call->adjacent && (!call->gated || call->op == FBN_PLAN_BACKWARD || call->op == FBN_PLAN_APPLY);
     int64_t run = (g->family == FBN_ROWS ? g->inner : g->channels) * size;
     if (call->adjacent && !call->gated) {
-        plan.panel = fbn_choose_panel(g, &plan);
+        plan.panel = fbn_choose_panel(g, &plan, large);
     }
     if (g->family == FBN_ROWS) {
         plan.side = fbn_choose_side(g, &plan);
