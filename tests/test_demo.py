@@ -99,18 +99,35 @@ def test_a_reader_who_is_gone_costs_nothing(tmp_path):
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["contour.json", "contour.png"]
 
 
-def test_an_interrupt_is_one_line(tmp_path):
-    lines = f"""
-import runpy, sys
+def performing(line, folder, name):
+    """The command, whose studies do this instead."""
+    (folder / "__main__.py").write_text(f"""
+import errno, runpy, sys
 sys.path.insert(0, "examples")
 from paper import study
-def perform(module, *rest):
-    raise KeyboardInterrupt
+def perform(*study):
+    {line}
 study.perform = perform
-sys.argv = ["examples/paper", "all", "--out", {str(tmp_path / "figures")!r}]
+sys.argv = ["examples/paper", {name!r}, "--out", {str(folder / "figures")!r}]
 runpy.run_path("examples/paper", run_name="__main__")
-"""
-    done = python("-c", lines)
+""")
+    return python(folder)
+
+
+def test_a_reader_who_is_gone_from_windows(tmp_path):
+    """Red where only a broken pipe is one; or where a file that cannot be, or what another system says, is one too."""
+    gone = "raise OSError(errno.EINVAL, 'Invalid argument'"
+    done = performing(f"sys.platform = 'win32'; {gone})", tmp_path, "all")
+    assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
+    for other in (f"sys.platform = 'linux'; {gone})", f"sys.platform = 'win32'; {gone}, 'file?')"):
+        done = performing(other, tmp_path, "contour")
+        assert done.returncode == 1
+        assert done.stderr.startswith("python examples/paper contour: [Errno 22] Invalid argument")
+
+
+def test_an_interrupt_is_one_line(tmp_path):
+    """Red where it ends the command by a signal if it came in a string of code."""
+    done = performing("exec('raise KeyboardInterrupt')", tmp_path, "all")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "python examples/paper: interrupted\n")
 
 

@@ -1,6 +1,8 @@
 """__main__ -- the common face of the studies: python examples/paper NAME, all, or list."""
 
 import argparse
+import contextlib
+import errno
 import io
 import os
 import sys
@@ -79,9 +81,9 @@ def main() -> int:
         try:
             claims = perform(import_module(f"paper.{name}"), settings, args.out, args.format)
             held = f"{sum(claim.holds for claim in claims)} of {len(claims)}"
-        except BrokenPipeError:
-            raise
         except Exception as error:  # of all, the others still run, whatever is the matter with one
+            if unread(error):
+                raise
             held, failed[name] = "failed", str(error) or type(error).__name__
             if isinstance(error, ImportError):
                 failed[name] += f"; {EXTRA}"
@@ -97,6 +99,12 @@ def main() -> int:
     return 1 if failed else 0
 
 
+def unread(error: Exception) -> bool:
+    """Whether nobody reads any more what is printed: a broken pipe, or what Windows says instead."""
+    no_file = isinstance(error, OSError) and error.filename is None
+    return isinstance(error, BrokenPipeError) or (no_file and sys.platform == "win32" and error.errno == errno.EINVAL)
+
+
 if __name__ == "__main__":
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a letter
@@ -104,10 +112,15 @@ if __name__ == "__main__":
         code = main()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        code = 130
-    except BrokenPipeError:
-        # Nobody reads any more, and Python may try once more at its end.
+        print(f"{PROGRAM}: interrupted", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        # Python itself ends by the signal where it came in a string of code, such as imports run.
+        os._exit(130)
+    except OSError as error:
+        if not unread(error):
+            raise
+        # Python may try once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     sys.exit(code)
