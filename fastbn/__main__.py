@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -35,5 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return args.run(args) or 0
 
 
+def unread(error: OSError) -> bool:
+    """Whether nobody reads any more what is printed: a broken pipe, or what Windows says instead."""
+    windows = sys.platform == "win32" and error.errno == errno.EINVAL and error.filename is None
+    return isinstance(error, BrokenPipeError) or windows
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+        sys.stdout.flush()
+    except OSError as error:
+        if not unread(error):
+            raise
+        # Python may try once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)

@@ -4,7 +4,9 @@ Nothing here looks at a time. Seeded bug that turns it red: an engine that does 
 so that one that writes nothing passes for the one before it.
 """
 
+import errno
 import importlib.util
+import io
 import json
 import os
 import re
@@ -18,7 +20,7 @@ import tolerance
 import twin
 
 import fastbn
-from fastbn.__main__ import main
+from fastbn.__main__ import main, unread
 from fastbn._bench import cases, cli, data, engine, peers, report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -364,6 +366,40 @@ def test_readme_has_a_place_for_the_table():
 def test_config(capsys):
     assert main(["config"]) == 0
     assert f"chosen: {fastbn.show_config('dicts')['isa']['chosen']}" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe is another error there")
+def test_a_reader_who_is_gone():
+    """Red where it ends the command with a traceback."""
+    command = [sys.executable, "-m", "fastbn", "config"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as gone:
+        gone.stdout.close()
+        assert gone.stderr.read() == ""
+    assert gone.returncode == 141
+
+
+def test_a_reader_who_is_gone_from_windows(monkeypatch):
+    """Red where only a broken pipe is one; or where a file that cannot be, or what another system says, is one too."""
+    gone, file = OSError(errno.EINVAL, "Invalid argument"), OSError(errno.EINVAL, "Invalid argument", "file?")
+    for system, told in (("linux", [True, False, False]), ("win32", [True, True, False])):
+        monkeypatch.setattr(sys, "platform", system)
+        assert [unread(error) for error in (BrokenPipeError(), gone, file)] == told
+
+
+def test_what_was_measured_is_written_before_it_is_printed(monkeypatch, tmp_path):
+    """Red where whoever stops reading costs all that was measured."""
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            if text.startswith("\n"):
+                raise BrokenPipeError
+            return len(text)
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    command = ["bench", "--shapes", "60x100", "--ops", "inference", "--seconds", "0"]
+    with pytest.raises(BrokenPipeError):
+        main([*command, "--json", str(tmp_path / "found.json")])
+    assert json.loads((tmp_path / "found.json").read_text())["groups"]
 
 
 @pytest.mark.slow

@@ -166,14 +166,16 @@ def bench(args: argparse.Namespace) -> int:
     if not groups:
         return 1
     info["others"] = others.share()
-    print(f"\n{report.ratios(groups, args.ratio) if args.ratio else report.tables(groups, args.unit)}")
-    print(report.verdict(groups, info["others"]))
-    if args.json:
-        report.write_json(args.json, groups, info)
-    if args.picture:
-        report.write_picture(args.picture, groups, info)
-    if args.markdown:
-        report.write_markdown(args.markdown, groups, info, args.command_line)
+    try:  # first, for who reads what is printed may be gone
+        if args.json:
+            report.write_json(args.json, groups, info)
+        if args.picture:
+            report.write_picture(args.picture, groups, info)
+        if args.markdown:
+            report.write_markdown(args.markdown, groups, info, args.command_line)
+    finally:
+        print(f"\n{report.ratios(groups, args.ratio) if args.ratio else report.tables(groups, args.unit)}")
+        print(report.verdict(groups, info["others"]))
     return int(any(r.correct is False and r.peer == Fastbn.name for g in groups for r in g.results))
 
 
