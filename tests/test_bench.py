@@ -391,7 +391,7 @@ def test_what_was_measured_is_written_before_it_is_printed(monkeypatch, tmp_path
 
     class Gone(io.StringIO):
         def write(self, text):
-            if text.startswith("\n"):
+            if text.startswith("\n") and len(text) > 1:  # the tables
                 raise BrokenPipeError
             return len(text)
 
