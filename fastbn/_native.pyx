@@ -96,7 +96,7 @@ cdef extern from "plan.h" nogil:
         bint gated, adjacent
     ctypedef struct fbn_plan:
         int team
-        int64_t slab, tile, side, panel, ahead
+        int64_t slab, tile, panel, side, piece, ahead
         bint stream, turns, backwards, warm
     fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *machine)
     void fbn_machine_init()
@@ -1414,8 +1414,9 @@ def plan(str op, str dtype, str family, outer, channels, inner, threads, gated=F
     if machine is not None:
         m.l2, m.l3 = machine["l2"], machine["l3"]
     p = fbn_make_plan(&g, &call, &m)
-    return {"team": p.team, "slab": p.slab, "tile": p.tile, "side": p.side, "panel": p.panel, "ahead": p.ahead,
-            "stream": bool(p.stream), "turns": bool(p.turns), "backwards": bool(p.backwards), "warm": bool(p.warm)}
+    return {"team": p.team, "slab": p.slab, "tile": p.tile, "panel": p.panel, "side": p.side, "piece": p.piece,
+            "ahead": p.ahead, "stream": bool(p.stream), "turns": bool(p.turns), "backwards": bool(p.backwards),
+            "warm": bool(p.warm)}
 
 
 def copy(src, dst, int threads):

@@ -194,13 +194,13 @@ typedef struct fbn_walk {
     void (*step)(struct fbn_walk *w, int64_t unit);
     const fbn_pass *pass;
     const fbn_coefs *coefs;
-    fbn_coefs *panel;            /* coefs expanded */
-    int64_t first, last;         /* channels */
-    int64_t ahead;               /* how many further the channels are that are to be in cache next; 0: none */
-    int64_t side, piece, pieces; /* a unit: so many neighbours, and so much of each */
-    int64_t begin, end;          /* the units that are left */
-    int64_t ready;               /* the channel that `panel` begins with */
-    int64_t each, owed;          /* elements of a unit; and those that are to be applied by now */
+    fbn_coefs *panel;    /* coefs expanded */
+    int64_t first, last; /* channels */
+    int64_t ahead;       /* how many further the channels are that are to be in cache next; 0: none */
+    int64_t pieces;      /* of each of a unit's neighbours: a unit has one of them */
+    int64_t begin, end;  /* the units that are left */
+    int64_t ready;       /* the channel that `panel` begins with */
+    int64_t each, owed;  /* elements of a unit; and those that are to be applied by now */
 } fbn_walk;
 
 /* Rows [row, row + rows) of `width` elements that begin at channel c, as one call of a cols kernel. With `panel`, a row
@@ -239,11 +239,12 @@ static void fbn_apply_runs(fbn_walk *w, int64_t unit)
 {
     const fbn_pass *pass = w->pass;
     const fbn_geometry *g = &pass->g;
+    const fbn_plan *plan = &pass->plan;
     int64_t size = fbn_dtype_size(g->dtype);
-    int64_t sides = fbn_ceil_div(w->last - w->first, w->side);
+    int64_t sides = fbn_ceil_div(w->last - w->first, plan->side);
     int64_t o = unit / w->pieces / sides;
-    int64_t c = w->first + unit / w->pieces % sides * w->side;
-    int64_t i = unit % w->pieces * w->piece;
+    int64_t c = w->first + unit / w->pieces % sides * plan->side;
+    int64_t i = unit % w->pieces * plan->piece;
     uint16_t *gate = fbn_gate_at(pass, o, c);
     fbn_span span = {
         .x = fbn_at(&pass->x, size, o, c, i),
@@ -256,8 +257,8 @@ static void fbn_apply_runs(fbn_walk *w, int64_t unit)
         .y_stride = pass->y.channel_stride,
         .extra_stride = pass->extra.channel_stride,
         .gate_stride = fbn_gate_words(g),
-        .rows = fbn_min(w->side, w->last - c),
-        .width = fbn_min(w->piece, g->inner - i),
+        .rows = fbn_min(plan->side, w->last - c),
+        .width = fbn_min(plan->piece, g->inner - i),
         .ahead = w->ahead > 0 ? w->ahead * pass->x.channel_stride * size : FBN_SOON,
         .other_ahead = w->ahead > 0 ? w->ahead * pass->other.channel_stride * size : FBN_SOON,
         .stream = pass->plan.stream,
@@ -274,10 +275,11 @@ static void fbn_apply_runs(fbn_walk *w, int64_t unit)
 static void fbn_apply_planes(fbn_walk *w, int64_t unit)
 {
     const fbn_geometry *g = &w->pass->g;
-    int64_t c = w->first + unit / w->pieces * w->side;
-    int64_t wide = fbn_min(w->side, w->last - c);
-    int64_t row = fbn_part(g->outer, unit % w->pieces, w->pieces);
-    int64_t rows = fbn_part(g->outer, unit % w->pieces + 1, w->pieces) - row;
+    const fbn_plan *plan = &w->pass->plan;
+    int64_t c = w->first + unit / w->pieces * plan->side;
+    int64_t wide = fbn_min(plan->side, w->last - c);
+    int64_t row = unit % w->pieces * plan->piece;
+    int64_t rows = fbn_min(plan->piece, g->outer - row);
     if (c != w->ready) {
         fbn_coefs_expand(w->panel, w->coefs, c, wide, g->inner, wide * g->inner, w->pass->backward);
         w->ready = c;
@@ -290,14 +292,15 @@ static void fbn_apply_planes(fbn_walk *w, int64_t unit)
  * long. Where the plan has panels, that many adjacent rows are one. */
 static void fbn_apply_rows(fbn_walk *w, int64_t unit)
 {
-    const int64_t fold = w->pass->plan.panel;
+    const fbn_plan *plan = &w->pass->plan;
+    const int64_t fold = plan->panel;
     int64_t rows = w->pass->g.outer / (fold > 0 ? fold : 1);
     int64_t width = (w->last - w->first) * (fold > 0 ? fold : 1);
-    int64_t row = unit / w->pieces * w->side;
-    int64_t c = unit % w->pieces * w->piece;
+    int64_t row = unit / w->pieces * plan->side;
+    int64_t c = unit % w->pieces * plan->piece;
     fbn_coef k = fold > 0 ? fbn_coefs_at(w->panel, 0) : fbn_coefs_at(w->coefs, w->first + c);
-    fbn_apply_block(w->pass, &k, row, fbn_min(w->side, rows - row), w->first + c, fbn_min(w->piece, width - c), fold,
-                    w->ahead);
+    fbn_apply_block(w->pass, &k, row, fbn_min(plan->side, rows - row), w->first + c, fbn_min(plan->piece, width - c),
+                    fold, w->ahead);
 }
 
 /* The adjacent rows that are left of a walk in panels. */
@@ -317,37 +320,25 @@ static void fbn_walk_begin(fbn_walk *w, const fbn_pass *pass, const fbn_coefs *c
     const fbn_geometry *g = &pass->g;
     const fbn_plan *plan = &pass->plan;
     const int64_t channels = last - first;
-    int64_t piece = plan->turns ? FBN_TURN : FBN_PIECE;
-    int64_t units;
+    const int64_t fold = plan->panel > 0 ? plan->panel : 1;
+    int64_t units = fbn_ceil_div(g->family == FBN_COLS ? g->outer / fold : channels, plan->side);
     *w = (fbn_walk){.pass = pass, .coefs = coefs, .panel = &room->panel, .first = first, .last = last, .ahead = ahead};
     if (g->family == FBN_COLS) {
-        int64_t fold = plan->panel > 0 ? plan->panel : 1;
-        int64_t width = channels * fold;
-        int64_t rows = g->outer / fold;
         w->step = fbn_apply_rows;
-        w->piece = fbn_min(width, piece);
-        w->pieces = fbn_ceil_div(width, w->piece);
-        w->side = fbn_clamp(FBN_ROWS_BYTES / (width * fbn_dtype_size(g->dtype)), 1, rows > 0 ? rows : 1);
-        units = fbn_ceil_div(rows, w->side) * w->pieces;
+        w->pieces = fbn_ceil_div(channels * fold, plan->piece);
         if (plan->panel > 0) {
-            fbn_coefs_expand(w->panel, coefs, first, g->channels, 1, width, pass->backward);
+            fbn_coefs_expand(w->panel, coefs, first, g->channels, 1, channels * fold, pass->backward);
         }
     } else if (plan->panel > 0) {
         w->step = fbn_apply_planes;
-        w->side = plan->panel;
-        w->pieces = plan->turns  ? fbn_clamp(g->outer * w->side * g->inner / FBN_TURN, 1, g->outer)
-                    : parts == 1 ? 1
-                                 : fbn_ceil_div(g->outer, FBN_PANEL_TILE);
+        w->pieces = fbn_ceil_div(g->outer, plan->piece);
         w->ready = -1;
-        units = fbn_ceil_div(channels, w->side) * w->pieces;
     } else {
         w->step = fbn_apply_runs;
-        w->pieces = fbn_ceil_div(g->inner, piece);
-        w->piece = fbn_ceil_div(fbn_ceil_div(g->inner, w->pieces), 16) * 16;
-        w->pieces = fbn_ceil_div(g->inner, w->piece);
-        w->side = fbn_min(plan->side, channels);
-        units = g->outer * fbn_ceil_div(channels, w->side) * w->pieces;
+        w->pieces = fbn_ceil_div(g->inner, plan->piece);
+        units *= g->outer;
     }
+    units *= w->pieces;
     w->begin = fbn_part(units, part, parts);
     w->end = fbn_part(units, part + 1, parts);
     w->each = units > 0 ? fbn_ceil_div(g->outer * channels * g->inner, units) : 1;
@@ -498,6 +489,7 @@ void fbn_each_slab(fbn_work *w, const double *mean, const fbn_slab_steps *steps,
         while (!pass->plan.turns && fbn_walk_on(&walk)) {
         }
     }
+    room->turn = (fbn_turn){NULL, NULL}; /* the walk ends here */
     while (fbn_walk_on(&walk)) {
     }
     if (pass->plan.stream) {

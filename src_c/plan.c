@@ -38,6 +38,11 @@ const fbn_machine *fbn_this_machine(void) { return &fbn_machine_now; }
 
 int64_t fbn_dtype_size(fbn_dtype dtype) { return dtype == FBN_F64 ? 8 : dtype == FBN_F32 ? 4 : 2; }
 
+/* How much of a tensor one step of an apply walk covers: small enough to share, large enough to call a kernel for.
+ * Elements of a run, and of one where walks take turns: stores are to drain while the other reads; bytes of rows,
+ * images of a panel. */
+enum { FBN_PIECE = 1 << 16, FBN_TURN = 4096, FBN_ROWS_BYTES = 1 << 16, FBN_PANEL_TILE = 8 };
+
 /* Bytes below which a parallel region costs more than it saves; what is short enough for a panel, and where rows that
  * are not streamed share their coefficients; how many rows and elements make one worth it; columns of a tile, whose
  * words of a gate must be whole. */
@@ -54,6 +59,11 @@ enum {
     FBN_CACHE_LINE = 64
 };
 _Static_assert(FBN_TILE % 16 == 0, "a tile begins with a word of the gate");
+
+static int64_t fbn_bytes(const fbn_geometry *g) { return g->outer * g->channels * g->inner * fbn_dtype_size(g->dtype); }
+
+/* So much that L2 keeps little of it. */
+static bool fbn_large(const fbn_geometry *g, const fbn_machine *m) { return fbn_bytes(g) > m->l2 * 4; }
 
 static bool fbn_two_phase(fbn_op op) { return op == FBN_PLAN_FORWARD || op == FBN_PLAN_BACKWARD; }
 
@@ -72,13 +82,15 @@ static int64_t fbn_choose_slab(const fbn_geometry *g, const fbn_call *call, cons
     if (g->family == FBN_COLS) {
         return 0;
     }
-    /* What L2 cannot hold may stay in a thread's share of L3, if it is read in long runs. */
-    if (channel_bytes > m->l2 &&
-        (g->inner * fbn_dtype_size(g->dtype) < FBN_RUN_BYTES || channel_bytes * team > m->l3 / 2)) {
+    /* What L2 cannot hold may stay in a thread's share of L3, if it is read in long runs. By turns, three slabs are
+     * there at a time. */
+    int64_t least = channel_bytes * (turns ? 3 : 1);
+    if ((channel_bytes > m->l2 && g->inner * fbn_dtype_size(g->dtype) < FBN_RUN_BYTES) ||
+        (least > m->l2 && least * team > m->l3 / 2)) {
         return 0;
     }
     int64_t most = g->channels < team ? 1 : g->channels / team; /* every thread needs work */
-    int64_t slab = m->l2 / (turns ? 4 : 2) / channel_bytes;     /* by turns, three slabs are there at a time */
+    int64_t slab = m->l2 / (turns ? 4 : 2) / channel_bytes;
     int64_t grain = fbn_grain(g);
     if (slab > grain && most > grain) {
         slab = slab / grain * grain;
@@ -125,49 +137,74 @@ static int64_t fbn_choose_panel(const fbn_geometry *g, const fbn_plan *plan, boo
                      plan->slab != 0 ? plan->slab : g->channels);
 }
 
-/* A call of a kernel costs as much as some short planes. */
-static int64_t fbn_choose_side(const fbn_geometry *g, const fbn_plan *plan)
+/* What one step of an apply walk covers: a call of a kernel costs as much as some short planes. */
+static void fbn_choose_step(const fbn_geometry *g, fbn_plan *plan)
 {
-    int64_t most = plan->slab != 0 ? plan->slab : g->channels;
-    int64_t parts = plan->slab != 0 ? 1 : plan->team;
-    int64_t piece = plan->turns ? FBN_TURN : FBN_PIECE;
-    int64_t side = fbn_clamp(fbn_min(piece / g->inner, g->outer * most / (parts * 4)), 1, most);
-    int64_t grain = fbn_grain(g);
-    return side > grain ? side / grain * grain : side;
+    const int64_t parts = plan->slab != 0 ? 1 : plan->team;
+    const int64_t piece = plan->turns ? FBN_TURN : FBN_PIECE;
+    int64_t run = g->inner;
+    if (g->family == FBN_COLS) {
+        int64_t fold = plan->panel > 0 ? plan->panel : 1;
+        int64_t rows = g->outer < fold ? 1 : g->outer / fold;
+        run = g->channels * fold;
+        plan->side = fbn_clamp(FBN_ROWS_BYTES / (run * fbn_dtype_size(g->dtype)), 1, rows);
+    } else if (plan->panel > 0) {
+        int64_t images = plan->turns ? FBN_TURN / (plan->panel * g->inner) : parts > 1 ? FBN_PANEL_TILE : g->outer;
+        plan->side = plan->panel;
+        plan->piece = fbn_clamp(images, 1, g->outer);
+        return;
+    } else {
+        int64_t most = plan->slab != 0 ? plan->slab : g->channels;
+        int64_t side = fbn_clamp(fbn_min(piece / g->inner, g->outer * most / (parts * 4)), 1, most);
+        int64_t grain = fbn_grain(g);
+        plan->side = side > grain ? side / grain * grain : side;
+    }
+    plan->piece = fbn_ceil_div(fbn_ceil_div(run, fbn_ceil_div(run, piece)), 16) * 16;
 }
 
-fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m)
+static fbn_plan fbn_plan_as(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, bool turns)
 {
-    fbn_plan plan = {.team = 1};
+    fbn_plan plan = {.team = 1, .turns = turns};
     int64_t size = fbn_dtype_size(g->dtype);
-    int64_t bytes = g->outer * g->channels * g->inner * size;
+    int64_t bytes = fbn_bytes(g);
+    const bool large = fbn_large(g, m);
     if (call->threads > 1 && bytes >= FBN_SERIAL_BYTES) {
         plan.team = call->threads;
     }
-    const bool large = bytes > m->l2 * 4;
     if (fbn_two_phase(call->op)) {
-        plan.turns = large && call->op == FBN_PLAN_FORWARD;
-        plan.slab = fbn_choose_slab(g, call, m, plan.team, plan.turns);
+        plan.slab = fbn_choose_slab(g, call, m, plan.team, turns);
     }
     plan.tile = fbn_choose_tile(g, &plan);
-    /* A gate is written in words, which begin with every plane; it may be read from anywhere. */
-    const bool joined = call->adjacent && (!call->gated || call->op == FBN_PLAN_BACKWARD || call->op == FBN_PLAN_APPLY);
-    int64_t run = (g->family == FBN_ROWS ? g->inner : g->channels) * size;
     if (call->adjacent && !call->gated) {
         plan.panel = fbn_choose_panel(g, &plan, large);
     }
-    if (g->family == FBN_ROWS) {
-        plan.side = fbn_choose_side(g, &plan);
-        run *= joined && fbn_joins(g->inner, size) ? plan.side : 1;
+    fbn_choose_step(g, &plan);
+    /* A gate is written in words, which begin with every plane; it may be read from anywhere. */
+    const bool joined = call->adjacent && (!call->gated || call->op == FBN_PLAN_BACKWARD || call->op == FBN_PLAN_APPLY);
+    int64_t run = (g->family == FBN_ROWS ? g->inner : g->channels) * size;
+    if (g->family == FBN_ROWS && joined && fbn_joins(g->inner, size)) {
+        run *= plan.side;
     }
     /* Runs that do not end with a cache line would be patched at both ends, and that costs more than it saves unless
      * they are long. */
     run = plan.panel > 0 ? FBN_CACHE_LINE : run;
     plan.stream = large && (run % FBN_CACHE_LINE == 0 || run >= FBN_PATCHED_BYTES);
-    plan.turns = plan.turns && plan.slab > 0 && plan.stream;
-    plan.backwards = fbn_two_phase(call->op) && !plan.turns;
-    plan.ahead = plan.slab == 0 || !large ? 0 : plan.turns ? 2 * plan.slab : plan.slab;
+    plan.backwards = fbn_two_phase(call->op) && !turns;
+    plan.ahead = plan.slab == 0 || !large ? 0 : turns ? 2 * plan.slab : plan.slab;
     /* Longer planes are fetched all the same, plane by plane: that is for L1. */
-    plan.warm = plan.ahead > 0 && !plan.turns && fbn_short(g->inner) && !call->gated;
+    plan.warm = plan.ahead > 0 && !turns && fbn_short(g->inner) && !call->gated;
     return plan;
+}
+
+/* Turns are worth their smaller slabs where stores are streamed, and where a thread has a slab to apply while it
+ * reduces the next. */
+fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m)
+{
+    if (call->op == FBN_PLAN_FORWARD && fbn_large(g, m)) {
+        const fbn_plan plan = fbn_plan_as(g, call, m, true);
+        if (plan.stream && plan.slab > 0 && plan.slab * plan.team < g->channels) {
+            return plan;
+        }
+    }
+    return fbn_plan_as(g, call, m, false);
 }

@@ -33,8 +33,9 @@ typedef struct {
     int team;       /* 1 or call.threads */
     int64_t slab;   /* channels reduced and applied together while in cache; 0: two sweeps over the whole tensor */
     int64_t tile;   /* channels that one reduce step sums side by side */
-    int64_t side;   /* rows: neighbours that one apply step treats as one run, where their planes touch */
     int64_t panel;  /* as one row with coefficients for every place: rows: of tiny planes, cols: rows; 0: none */
+    int64_t side;   /* what one apply step covers: rows: neighbours, one run where they touch; cols: rows, or panels */
+    int64_t piece;  /* and so much of each: elements; rows in panels: images */
     bool stream;    /* the output is written past the cache */
     bool turns;     /* one slab is reduced and the one before it applied by turns; else one after the other */
     bool backwards; /* an apply walk starts where the reduce before it ended: least of it has left the cache */
@@ -42,17 +43,8 @@ typedef struct {
     bool warm;      /* and so a reduce, but a thread's first, finds it in L2 and fetches nothing */
 } fbn_plan;
 
-/* How much of a tensor one step of an apply walk covers: small enough to share, large enough to call a kernel for.
- * Elements of a run, and of one where walks take turns: stores are to drain while the other reads; bytes of rows,
- * images of a panel. Then bytes to prefetch over: by a reduce from plane to plane, by an apply within a run. */
-enum {
-    FBN_TURN = 4096,
-    FBN_PIECE = 1 << 16,
-    FBN_ROWS_BYTES = 1 << 16,
-    FBN_PANEL_TILE = 8,
-    FBN_REACH = 4096,
-    FBN_SOON = 2048
-};
+/* Bytes to prefetch over: by a reduce from plane to plane, by an apply within a run. */
+enum { FBN_REACH = 4096, FBN_SOON = 2048 };
 
 fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *machine);
 

@@ -185,11 +185,13 @@ def test_what_a_reduce_reads_at_a_time():
 
 
 def test_what_takes_turns():
-    """Red where slabs that take turns are too many for L2 at once, or the wrong one is fetched."""
+    """Red where slabs that take turns are too many for L2 at once, or for L3, or the wrong one is fetched; where there
+    are turns though a thread has one slab alone; or small slabs for turns that are not taken.
+    """
     machine = {"l2": 1 << 20, "l3": 32 << 20}
 
-    def plan(op, channels, inner, **call):
-        return _native.plan(op, "float32", "rows", 32, channels, inner, 2, machine=machine, **call)
+    def plan(op, channels, inner, threads=2, l3=machine["l3"], **call):
+        return _native.plan(op, "float32", "rows", 32, channels, inner, threads, machine={**machine, "l3": l3}, **call)
 
     for channels, inner in ((64, 112 * 112), (512, 784), (1024, 196), (2048, 49)):
         p = plan("forward", channels, inner)
@@ -207,7 +209,44 @@ def test_what_takes_turns():
     assert not plan("forward", 64, 49)["turns"], "nothing is streamed"
     assert not plan("forward", 2048, 49, gated=True)["turns"], "runs of 196 bytes cannot be streamed"
     assert plan("forward", 512, 784, gated=True)["turns"]
+    channel = 32 * 49 * 4
+    assert plan("forward", 2048, 49)["slab"] * channel <= machine["l2"] / 4
+    assert plan("forward", 2048, 49, gated=True)["slab"] * channel > machine["l2"] / 4
+    for threads in (1, 2, 3):
+        inner = 224 * 224
+        enough = 2 * 3 * threads * 32 * inner * 4  # for three slabs of every thread, of a channel each, in one half
+        assert plan("forward", 2 * threads, inner, threads, l3=enough)["turns"]
+        for p in (
+            plan("forward", threads, inner, threads, l3=enough),
+            plan("forward", 2 * threads, inner, threads, l3=enough - 1),
+        ):
+            assert (p["slab"], p["turns"], p["backwards"], p["ahead"]) == (1, False, True, 1)
     assert plan("backward", 2048, 49, gated=True)["stream"], "a gate may be read from any place"
+
+
+def test_what_an_apply_step_covers():
+    """Red with a step as long for turns as without, one that cuts a line or a word of the gate in two, or panels that
+    are not shared among the threads.
+    """
+    machine = {"l2": 1 << 20, "l3": 1 << 30}
+    sizes = itertools.product(["forward", "normalize"], [3, 500, 4096], [7, 49, 784, 3001, 65537])
+    for op, channels, inner in sizes:
+        p = _native.plan(op, "float32", "rows", 64, channels, inner, 2, machine=machine)
+        most = 4096 if p["turns"] else 1 << 16
+        if p["panel"]:
+            image = p["side"] * inner
+            alone = p["slab"] > 0 or p["team"] == 1
+            assert p["side"] == p["panel"]
+            assert p["piece"] == (most // image if p["turns"] else 64 if alone else 8)
+        else:
+            assert p["piece"] % 16 == 0
+            assert p["side"] * min(p["piece"], inner) <= most
+            assert p["side"] == 1 or p["piece"] >= inner
+    for channels in (10, 1000, 100_000):
+        p = _native.plan("normalize", "float32", "cols", 10_000, channels, 1, 2, machine=machine)
+        assert p["piece"] % 16 == 0
+        assert p["piece"] >= min(channels * max(p["panel"], 1), 1 << 15)
+        assert p["side"] == 1 or 1 << 15 < p["side"] * channels * max(p["panel"], 1) * 4 <= 1 << 16
 
 
 @pytest.mark.parametrize("planes", ["long", "short", "tiny"])

@@ -168,7 +168,8 @@ static fbn_machine machine;
     SEEN(teams, plan.team > 1)                                                                                         \
     SEEN(slabs, plan.slab > 0 && plan.slab * plan.team < g->channels)                                                  \
     SEEN(sweeps, plan.slab == 0 && (call->op == FBN_PLAN_FORWARD || call->op == FBN_PLAN_BACKWARD))                    \
-    SEEN(sides, plan.side > 1 && call->adjacent)                                                                       \
+    SEEN(sides, plan.side > 1 && call->adjacent && g->family == FBN_ROWS)                                              \
+    SEEN(pieces, plan.piece < (g->family == FBN_COLS ? g->channels : plan.panel > 0 ? g->outer : g->inner))            \
     SEEN(panels_of_planes, plan.panel > 0 && g->family == FBN_ROWS)                                                    \
     SEEN(panels_of_rows, plan.panel > 0 && g->family == FBN_COLS)                                                      \
     SEEN(streams, plan.stream)                                                                                         \
