@@ -355,9 +355,9 @@ BUGS = [
         "any dtype",
         "fastbn/_state.py",
         """        if dtype.kind not in "fiu":
-            raise _BadFileError(f"{name!r} must""",
+            raise _BadFileError(f"{said} must""",
         """        if False:
-            raise _BadFileError(f"{name!r} must""",
+            raise _BadFileError(f"{said} must""",
         "test_state.py::test_a_hostile_file_is_a_value_error",
     ),
     Bug(
