@@ -115,21 +115,26 @@ static inline v_f32 v_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm25
 
 static inline __m256i v_pack_f16(v_f32 x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
 
+/* A permutation of words puts every one above a zero: widening and shifting in one. */
 static inline v_f32 v_load_bf16(const uint16_t *p)
 {
-    __m512i h = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(h, 16));
+    const __m512i low = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5,
+                                         4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    __m512i h = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, low, h));
 }
 
-/* By integers: the instruction of AVX512_BF16 flushes subnormals. */
+/* By integers: the instruction of AVX512_BF16 flushes subnormals. The upper words of the sum are the result. */
 static inline __m256i v_pack_bf16(v_f32 x)
 {
+    const __m512i high = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 31, 29, 27, 25, 23,
+                                          21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
     __m512i u = _mm512_castps_si512(x);
-    __m512i top = _mm512_srli_epi32(u, 16);
-    __m512i odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
-    __m512i near = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(near, nan, top, _mm512_set1_epi32(0x40)));
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i near = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+    /* Of a NaN, whose number is 0 or 1 in the table, itself made quiet; else what is there. */
+    __m512 all = _mm512_fixupimm_ps(_mm512_castsi512_ps(near), x, _mm512_set1_epi32(0x22), 0);
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(high, _mm512_castps_si512(all)));
 }
 
 static inline void v_store_f16(uint16_t *p, v_f32 x) { _mm256_storeu_si256((__m256i *)p, v_pack_f16(x)); }
