@@ -43,7 +43,8 @@ def unread(error: OSError) -> bool:
     return isinstance(error, BrokenPipeError) or windows
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """`main`, whose reader may be gone."""
     try:
         code = main()
         sys.stdout.flush()
@@ -52,5 +53,9 @@ if __name__ == "__main__":
             raise
         # Python may try once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
-    sys.exit(code)
+        return 141
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(run())
