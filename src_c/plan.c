@@ -89,19 +89,18 @@ static int64_t fbn_choose_slab(const fbn_geometry *g, const fbn_call *call, cons
         (least > m->l2 && least * team > m->l3 / 2)) {
         return 0;
     }
-    int64_t most = g->channels < team ? 1 : g->channels / team; /* every thread needs work */
-    int64_t slab = m->l2 / (turns ? 4 : 2) / channel_bytes;
-    int64_t grain = fbn_grain(g);
-    if (slab > grain && most > grain) {
-        slab = slab / grain * grain;
-        most = most / grain * grain;
-    }
     /* A channel dealt to one thread whole: uneven shares cost more than a second sweep where channels are few. */
     int64_t share = fbn_ceil_div(g->channels, team);
     if (share * team * 4 > g->channels * 5) {
         return 0;
     }
-    return fbn_clamp(slab, 1, most);
+    /* Every thread needs work, and as many slabs as the others. */
+    int64_t most = g->channels < team ? 1 : g->channels / team;
+    int64_t slab = m->l2 / (turns ? 4 : 2) / channel_bytes;
+    int64_t grain = fbn_grain(g);
+    int64_t unit = slab > grain && most > grain ? grain : 1;
+    int64_t units = fbn_ceil_div(share, unit);
+    return fbn_ceil_div(units, fbn_ceil_div(units, fbn_clamp(slab, 1, most) / unit)) * unit;
 }
 
 /* Channels side by side: long runs where planes are short; not so many that a thread goes without. */
