@@ -105,7 +105,7 @@ def predict(m: Machine, op: str, layout: str, shape: tuple[int, ...], threads: i
     def work(kernel: str) -> float:
         dealt = share
         if kernel == reduce and family == "cols":  # in strips of rows (kernels/channel.h) and tiles of columns
-            tasks = min(max(outer // 256, 1), 128) * -(-c // plan["tile"])
+            tasks = min(max(outer // 768, 1), 128) * -(-c // plan["tile"])
             dealt = max(share, -(-tasks // team) / tasks)
         return m.element(kernel, family, run) * elements * dealt
 

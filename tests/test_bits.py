@@ -4,6 +4,7 @@ Seeded bug that turns it red: partial sums combined by thread instead of by bloc
 """
 
 import itertools
+import math
 from functools import partial
 
 import arrays
@@ -222,6 +223,19 @@ def test_what_takes_turns():
         ):
             assert (p["slab"], p["turns"], p["backwards"], p["ahead"]) == (1, False, True, 1)
     assert plan("backward", 2048, 49, gated=True)["stream"], "a gate may be read from any place"
+
+
+def test_slabs_are_even():
+    """Red where a thread has more slabs than another, or where the last slab is what was left over."""
+    sizes = itertools.product(["forward", "backward"], [64, 128, 512, 2048], [49, 196, 784], [1, 2, 4])
+    for op, channels, inner, threads in sizes:
+        p = _native.plan(
+            op, "float32", "rows", 32, channels, inner, threads, machine={"l2": 2 << 20, "l3": 256 << 20}
+        )
+        slabs = -(-channels // p["slab"])
+        assert slabs % threads == 0, (op, channels, inner, threads)
+        smallest = channels - (slabs - 1) * p["slab"]
+        assert p["slab"] - smallest < slabs * 16 // math.gcd(16, inner), (op, channels, inner, threads)
 
 
 def test_what_an_apply_step_covers():
