@@ -71,8 +71,10 @@ static bool fbn_two_phase(fbn_op op) { return op == FBN_PLAN_FORWARD || op == FB
  * the ends of rows. */
 static int64_t fbn_grain(const fbn_geometry *g)
 {
+    int64_t line = FBN_CACHE_LINE / fbn_dtype_size(g->dtype);
+    int64_t whole = line > 16 ? line : 16;
     int64_t even = g->inner & -g->inner;
-    return even < 16 ? 16 / even : 1;
+    return even < whole ? whole / even : 1;
 }
 
 static int64_t fbn_choose_slab(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, int team, bool turns)
