@@ -38,6 +38,7 @@ class Machine:
 
     l2: int
     l3: int
+    follows: bool
     known: tuple[int, ...]  # the thread counts that were measured
     kernels: dict[tuple[str, str], list[float]] = field(default_factory=dict)  # an element in cache, for each of RUNS
     calls: dict[str, tuple[float, float]] = field(default_factory=dict)  # a call, and more for each channel
@@ -85,8 +86,8 @@ def predict(m: Machine, op: str, layout: str, shape: tuple[int, ...], threads: i
     family = "cols" if layout == "NHWC" else "rows"
     n, c, inner = shape[0], shape[1], math.prod(shape[2:])
     outer, inner = (n * inner, 1) if family == "cols" else (n, inner)
-    sizes = {"l2": m.l2, "l3": m.l3}
-    plan = _native.plan(PLANS[op], "float32", family, outer, c, inner, threads, machine=sizes)
+    machine = {"l2": m.l2, "l3": m.l3, "follows": m.follows}
+    plan = _native.plan(PLANS[op], "float32", family, outer, c, inner, threads, machine=machine)
     team, elements = plan["team"], math.prod(shape)
     x = elements * SIZE
     reduce, apply = STEPS[op]
@@ -98,8 +99,8 @@ def predict(m: Machine, op: str, layout: str, shape: tuple[int, ...], threads: i
     fetch, again = m.read(footprint, team) * inputs, m.again(footprint, team) * inputs
 
     # Whole slabs are dealt to threads: the longest share is what all wait for.
-    slabs = -(-c // plan["slab"]) if plan.get("slab") else 0
-    share = min(1.0, -(-slabs // team) * plan["slab"] / c) if slabs else 1 / team
+    slabs = plan["slabs"]
+    share = -(-slabs // team) / slabs if slabs else 1 / team
     run = c if family == "cols" else inner
 
     def work(kernel: str) -> float:
@@ -116,7 +117,7 @@ def predict(m: Machine, op: str, layout: str, shape: tuple[int, ...], threads: i
     elif not slabs:
         steps = max(math.hypot(work(reduce), fetch), reads)
         steps += max(math.hypot(work(apply), again + store, streamed), all_moved)
-    elif plan["turns"]:
+    elif plan["turn"]:
         steps = max(math.hypot(work(reduce) + work(apply), fetch, streamed), all_moved)
     elif plan["ahead"]:
         steps = work(reduce) + max(math.hypot(work(apply), fetch, streamed), all_moved)

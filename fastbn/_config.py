@@ -64,7 +64,7 @@ def show_config(mode: str = "stdout") -> dict[str, dict[str, Any]] | None:
             "runtime": _native.parallel_runtime(),
             "sees_openmp": _native.parallel_sees_openmp(),
         },
-        "caches": dict(_native.machine()),
+        "caches": {name: _native.machine()[name] for name in ("l2", "l3")},
         "recycling": {
             "limit": _memory.get_recycle_limit(),
             "why": _memory.why(),

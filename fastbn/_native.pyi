@@ -159,7 +159,7 @@ def known_isas() -> tuple[str, ...]: ...  # the tiers that this version has code
 def parallel_runtime() -> str: ...  # "pthreads", "openmp" or "serial"
 def parallel_sees_openmp() -> bool: ...
 def parallel_counters() -> dict[str, int]: ...
-def machine() -> dict[str, int]: ...  # cache sizes the plan works with, bytes
+def machine() -> dict[str, int]: ...  # what the plan works with: cache sizes in bytes, and fbn_machine.follows
 
 # The plan's decisions for a call, without running it.
 def plan(

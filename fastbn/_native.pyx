@@ -90,16 +90,18 @@ cdef extern from "plan.h" nogil:
     ctypedef int fbn_op
     ctypedef struct fbn_machine:
         int64_t l2, l3
+        bint follows
     ctypedef struct fbn_call:
         fbn_op op
         int threads
         bint gated, adjacent
     ctypedef struct fbn_plan:
         int team
-        int64_t slab, tile, panel, side, piece, ahead
-        bint stream, turns, backwards, warm
+        int64_t slab, slabs, grain, tile, panel, side, piece, turn, ahead
+        bint stream, backwards
+        int fetch
     fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *machine)
-    void fbn_machine_init()
+    void fbn_machine_init(bint follows)
     const fbn_machine *fbn_this_machine()
 
 cdef extern from "dispatch.h" nogil:
@@ -108,6 +110,7 @@ cdef extern from "dispatch.h" nogil:
         bint built, runnable
     bint fbn_dispatch(const char *cap)
     const fbn_tier *fbn_tier_at(int i)
+    bint fbn_follows_runs()
     const char *fbn_isa_name()
 
 cdef extern from "parallel.h" nogil:
@@ -200,6 +203,7 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu")
 _OPS = ("moments", "forward", "normalize", "reduce", "backward", "apply")
 _FAMILIES = ("rows", "cols")
+_FETCHES = ("nothing", "images", "neighbours", "soon")
 
 cdef object _bf16_type = _bfloat16
 
@@ -1397,11 +1401,11 @@ def parallel_counters():
 
 
 def machine():
-    return {"l2": fbn_this_machine().l2, "l3": fbn_this_machine().l3}
+    return {"l2": fbn_this_machine().l2, "l3": fbn_this_machine().l3, "follows": bool(fbn_this_machine().follows)}
 
 
 def plan(str op, str dtype, str family, outer, channels, inner, threads, gated=False, adjacent=True, machine=None):
-    """The plan's decisions for a call, without running it; machine overrides cache sizes: {"l2", "l3"} in bytes."""
+    """The plan's decisions for a call, without running it; machine overrides what `machine` returns."""
     cdef fbn_geometry g
     cdef fbn_call call
     cdef fbn_machine m = fbn_this_machine()[0]
@@ -1413,10 +1417,11 @@ def plan(str op, str dtype, str family, outer, channels, inner, threads, gated=F
     call.threads, call.gated, call.adjacent = threads, gated, adjacent
     if machine is not None:
         m.l2, m.l3 = machine["l2"], machine["l3"]
+        m.follows = machine.get("follows", False)
     p = fbn_make_plan(&g, &call, &m)
-    return {"team": p.team, "slab": p.slab, "tile": p.tile, "panel": p.panel, "side": p.side, "piece": p.piece,
-            "ahead": p.ahead, "stream": bool(p.stream), "turns": bool(p.turns), "backwards": bool(p.backwards),
-            "warm": bool(p.warm)}
+    return {"team": p.team, "slab": p.slab, "slabs": p.slabs, "grain": p.grain, "tile": p.tile, "panel": p.panel,
+            "side": p.side, "piece": p.piece, "turn": p.turn, "ahead": p.ahead, "stream": bool(p.stream),
+            "backwards": bool(p.backwards), "fetch": _FETCHES[p.fetch]}
 
 
 def copy(src, dst, int threads):
@@ -1444,7 +1449,7 @@ cdef int _init() except -1:
     cap = os.environ.get("FASTBN_ISA", "").strip()
     cdef bytes name = choice("FASTBN_ISA", cap, known_isas()).encode() if cap else None
     cdef const char *best = NULL
-    fbn_machine_init()
+    fbn_machine_init(fbn_follows_runs())
     fbn_parallel_init()
     fbn_recycle_init()
     # The best tier up to that one, whether the machine has it or a lesser.

@@ -131,6 +131,17 @@ bool fbn_dispatch(const char *cap)
     return true;
 }
 
+/* Measured on Emerald Rapids, and on Zen 3 and 4, which gain by every prefetch; docs/performance.md has the figures. */
+bool fbn_follows_runs(void)
+{
+#if defined(FBN_X86)
+    const unsigned genu = 0x756e6547;
+    return fbn_cpuid(0).b == genu;
+#else
+    return false;
+#endif
+}
+
 const fbn_tier *fbn_tier_at(int i) { return i >= 0 && i < FBN_TIERS ? &fbn_tiers[i] : NULL; }
 
 const char *fbn_isa_name(void) { return fbn_current->name; }

@@ -16,6 +16,9 @@ typedef struct {
 } fbn_tier;
 const fbn_tier *fbn_tier_at(int i);
 
+/* Whether prefetches by software are in the way of this machine's own; see fbn_machine. */
+bool fbn_follows_runs(void);
+
 const char *fbn_isa_name(void);
 const fbn_kernels *fbn_kernels_for(fbn_dtype dtype);
 

@@ -108,14 +108,12 @@ static void fbn_reduce_strip(const fbn_pass *pass, fbn_partials *p, const double
         begin = fbn_part(g->outer, strip, p->strips);
         end = fbn_part(g->outer, strip + 1, p->strips);
     }
-    /* The hardware's prefetcher loses its place at the end of every plane. Where a few images are read at a time, fetch
-     * the next few, or as many more as it takes; of short planes, of which all images are read at once, the
-     * neighbours. */
-    const bool fetch = rows && !pass->plan.warm;
-    const bool across = fbn_short(g->inner) && !(pass->backward && pass->gate != NULL);
+    const fbn_fetch fetch = pass->plan.fetch;
     int64_t reach = fbn_ceil_div(FBN_REACH, (last - first) * g->inner * size);
-    int64_t planes = fetch && !across ? fbn_clamp(reach, fbn_group(g->inner, fbn_is_wide(g->dtype)), FBN_REACH) : 0;
-    int64_t channels = fetch && across ? last - first : 0;
+    int64_t planes =
+        fetch == FBN_FETCH_IMAGES ? fbn_clamp(reach, fbn_group(g->inner, fbn_is_wide(g->dtype)), FBN_REACH) : 0;
+    int64_t channels = fetch == FBN_FETCH_NEIGHBOURS ? last - first : 0;
+    int64_t soon = fetch == FBN_FETCH_SOON ? FBN_SOON : 0;
     fbn_span span = {
         .x = fbn_at(&pass->x, size, rows ? 0 : begin, first, 0),
         .other = fbn_at(&pass->other, size, rows ? 0 : begin, first, 0),
@@ -128,8 +126,8 @@ static void fbn_reduce_strip(const fbn_pass *pass, fbn_partials *p, const double
         .x_next = pass->x.channel_stride,
         .other_next = pass->other.channel_stride,
         .gate_next = fbn_gate_words(g),
-        .ahead = (planes * pass->x.outer_stride + channels * pass->x.channel_stride) * size,
-        .other_ahead = (planes * pass->other.outer_stride + channels * pass->other.channel_stride) * size,
+        .ahead = (planes * pass->x.outer_stride + channels * pass->x.channel_stride) * size + soon,
+        .other_ahead = (planes * pass->other.outer_stride + channels * pass->other.channel_stride) * size + soon,
         .turn = room->turn.take == NULL ? NULL : &room->turn,
     };
     fbn_coef k = pass->backward ? fbn_coefs_at(coefs, first) : (fbn_coef){0};
@@ -200,7 +198,10 @@ typedef struct fbn_walk {
     int64_t pieces;      /* of each of a unit's neighbours: a unit has one of them */
     int64_t begin, end;  /* the units that are left */
     int64_t ready;       /* the channel that `panel` begins with */
-    int64_t each, owed;  /* elements of a unit; and those that are to be applied by now */
+    int64_t each, owed;  /* elements of a step; and those that are to be applied by now */
+    fbn_span span;       /* of a unit that is taken little by little, as far as `place`: where rows are left */
+    fbn_coef k;
+    fbn_place place;
 } fbn_walk;
 
 /* Rows [row, row + rows) of `width` elements that begin at channel c, as one call of a cols kernel. With `panel`, a row
@@ -234,7 +235,7 @@ static void fbn_apply_block(const fbn_pass *pass, const fbn_coef *k, int64_t row
     }
 }
 
-/* Pieces of planes, or some neighbours' planes: a call costs as much as some short ones. */
+/* Pieces of planes, or some neighbours' planes: a call costs as much as some short ones. By turns, it is only begun. */
 static void fbn_apply_runs(fbn_walk *w, int64_t unit)
 {
     const fbn_pass *pass = w->pass;
@@ -264,7 +265,11 @@ static void fbn_apply_runs(fbn_walk *w, int64_t unit)
         .stream = pass->plan.stream,
     };
     fbn_coef k = fbn_coefs_at(w->coefs, c);
-    if (pass->backward) {
+    if (plan->turn > 0) {
+        w->span = span;
+        w->k = k;
+        w->place = (fbn_place){0};
+    } else if (pass->backward) {
         pass->kernels->backward_apply_rows(&span, &k, pass->rule);
     } else {
         pass->kernels->normalize_rows(&span, &k, pass->rule);
@@ -341,23 +346,35 @@ static void fbn_walk_begin(fbn_walk *w, const fbn_pass *pass, const fbn_coefs *c
     units *= w->pieces;
     w->begin = fbn_part(units, part, parts);
     w->end = fbn_part(units, part + 1, parts);
-    w->each = units > 0 ? fbn_ceil_div(g->outer * channels * g->inner, units) : 1;
+    w->each = w->step == fbn_apply_runs ? plan->turn : fbn_ceil_div(g->outer * channels * g->inner, fbn_max(units, 1));
 }
 
-/* Where the plan walks backwards, each part is walked from its end: what was read last is still in cache. */
-static bool fbn_walk_on(fbn_walk *w)
+/* One step: a unit, or at most so many elements of one that is taken little by little. False where nothing is left.
+ * Where the plan walks backwards, each part is walked from its end: what was read last is still in cache. */
+static bool fbn_walk_on(fbn_walk *w, int64_t most)
 {
-    if (w->begin == w->end) {
-        return false;
+    if (w->place.row == w->span.rows) {
+        if (w->begin == w->end) {
+            return false;
+        }
+        w->step(w, w->pass->plan.backwards ? --w->end : w->begin++);
     }
-    w->step(w, w->pass->plan.backwards ? --w->end : w->begin++);
+    if (w->place.row < w->span.rows) {
+        w->pass->kernels->normalize_some(&w->span, &w->k, w->pass->rule, &w->place, most);
+    }
     return true;
+}
+
+static void fbn_walk_to_end(fbn_walk *w)
+{
+    while (fbn_walk_on(w, INT64_MAX)) {
+    }
 }
 
 static void fbn_walk_turn(void *walk, int64_t elements)
 {
     fbn_walk *w = walk;
-    for (w->owed += elements; w->owed >= w->each && fbn_walk_on(w); w->owed -= w->each) {
+    for (w->owed += elements; w->owed >= w->each && fbn_walk_on(w, w->each); w->owed -= w->each) {
     }
 }
 
@@ -365,8 +382,7 @@ void fbn_apply_pass(const fbn_pass *pass, const fbn_coefs *coefs, fbn_room *room
 {
     fbn_walk w;
     fbn_walk_begin(&w, pass, coefs, room, 0, pass->g.channels, 0, part, parts);
-    while (fbn_walk_on(&w)) {
-    }
+    fbn_walk_to_end(&w);
     if (pass->g.family == FBN_COLS && pass->plan.panel > 0 && part == parts - 1) {
         fbn_apply_rest(&w);
     }
@@ -459,40 +475,45 @@ fbn_status fbn_work_begin(fbn_work *w, int needs)
 
 void fbn_work_end(fbn_work *w) { free(w->memory); }
 
+/* The i-th slab begins here. */
+static int64_t fbn_slab_at(const fbn_pass *pass, int64_t i)
+{
+    const fbn_plan *plan = &pass->plan;
+    const int64_t grains = fbn_ceil_div(pass->g.channels, plan->grain);
+    return fbn_min(fbn_part(grains, i, plan->slabs) * plan->grain, pass->g.channels);
+}
+
 void fbn_each_slab(fbn_work *w, const double *mean, const fbn_slab_steps *steps, void *context, int tid, int team)
 {
     const fbn_pass *pass = &w->pass;
-    const int64_t slab = pass->plan.slab;
-    const int64_t slabs = fbn_ceil_div(pass->g.channels, slab);
-    const int64_t begin = fbn_part(slabs, tid, team);
-    const int64_t end = fbn_part(slabs, tid + 1, team);
+    const fbn_plan *plan = &pass->plan;
+    const int64_t begin = fbn_part(plan->slabs, tid, team);
+    const int64_t end = fbn_part(plan->slabs, tid + 1, team);
+    const int64_t past = fbn_slab_at(pass, end);
     fbn_room *room = &w->rooms[tid];
     fbn_coefs coefs[2]; /* the same arrays, but every slab's own flags */
     fbn_walk walk = {0};
     for (int64_t s = begin; s < end; s++) {
-        const int64_t first = s * slab;
-        const int64_t last = fbn_min(first + slab, pass->g.channels);
+        const int64_t first = fbn_slab_at(pass, s);
+        const int64_t last = fbn_slab_at(pass, s + 1);
         fbn_coefs *own = &coefs[s % 2];
         *own = w->coefs;
         if (steps->ready != NULL) {
             steps->ready(context, own, first, last);
         }
-        room->turn = pass->plan.turns && s > begin ? (fbn_turn){fbn_walk_turn, &walk} : (fbn_turn){NULL, NULL};
+        room->turn = plan->turn > 0 && s > begin ? (fbn_turn){fbn_walk_turn, &walk} : (fbn_turn){NULL, NULL};
         fbn_reduce(pass, &w->partials, mean, own, room, first, last, 0, 1);
-        while (fbn_walk_on(&walk)) {
-        }
+        fbn_walk_to_end(&walk);
         fbn_combine(pass, &w->partials, first, last);
         steps->settle(context, own, first, last);
-        const int64_t ahead = pass->plan.ahead;
-        fbn_walk_begin(&walk, pass, own, room, first, last,
-                       first + ahead < fbn_min(end * slab, pass->g.channels) ? ahead : 0, 0, 1);
-        while (!pass->plan.turns && fbn_walk_on(&walk)) {
+        fbn_walk_begin(&walk, pass, own, room, first, last, first + plan->ahead < past ? plan->ahead : 0, 0, 1);
+        if (plan->turn == 0) {
+            fbn_walk_to_end(&walk);
         }
     }
     room->turn = (fbn_turn){NULL, NULL}; /* the walk ends here */
-    while (fbn_walk_on(&walk)) {
-    }
-    if (pass->plan.stream) {
+    fbn_walk_to_end(&walk);
+    if (plan->stream) {
         pass->kernels->fence();
     }
 }

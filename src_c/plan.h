@@ -16,10 +16,15 @@ typedef enum {
     FBN_PLAN_APPLY
 } fbn_op;
 
-/* What the plan knows of the machine, in bytes. */
+/* What the plan knows of the machine. */
 typedef struct {
-    int64_t l2, l3;
+    int64_t l2, l3; /* bytes */
+    bool follows;   /* its own prefetchers keep up with long runs: those of a program take up their places */
 } fbn_machine;
+
+/* What a reduce of rows prefetches: nothing, the images below, the same image of the next tile, or what comes soon in
+ * the run. */
+typedef enum { FBN_FETCH_NOTHING, FBN_FETCH_IMAGES, FBN_FETCH_NEIGHBOURS, FBN_FETCH_SOON } fbn_fetch;
 
 /* What the plan must know of a call beside its geometry. */
 typedef struct {
@@ -31,25 +36,28 @@ typedef struct {
 
 typedef struct {
     int team;       /* 1 or call.threads */
-    int64_t slab;   /* channels reduced and applied together while in cache; 0: two sweeps over the whole tensor */
+    int64_t slab;   /* the most channels reduced and applied together while in cache; 0: two sweeps over all */
+    int64_t slabs;  /* so many, as even as they can be, and as many for every thread */
+    int64_t grain;  /* each begins with a multiple of so many channels */
     int64_t tile;   /* channels that one reduce step sums side by side */
     int64_t panel;  /* as one row with coefficients for every place: rows: of tiny planes, cols: rows; 0: none */
     int64_t side;   /* what one apply step covers: rows: neighbours, one run where they touch; cols: rows, or panels */
     int64_t piece;  /* and so much of each: elements; rows in panels: images */
+    int64_t turn;   /* so many elements of a slab are applied after as many of the next are reduced; 0: no turns */
     bool stream;    /* the output is written past the cache */
-    bool turns;     /* one slab is reduced and the one before it applied by turns; else one after the other */
     bool backwards; /* an apply walk starts where the reduce before it ended: least of it has left the cache */
     int64_t ahead;  /* an apply prefetches what lies so many channels on; 0: nothing */
-    bool warm;      /* and so a reduce, but a thread's first, finds it in L2 and fetches nothing */
+    fbn_fetch fetch; /* by a reduce */
 } fbn_plan;
 
-/* Bytes to prefetch over: by a reduce from plane to plane, by an apply within a run. */
+/* Bytes to prefetch over: by a reduce from plane to plane, within a run. */
 enum { FBN_REACH = 4096, FBN_SOON = 2048 };
 
 fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *machine);
 
-/* This machine's caches, or common sizes where it does not tell. Read once, at import. */
-void fbn_machine_init(void);
+/* This machine's caches, or common sizes where it does not tell. Read once, at import; `follows` is the dispatch's
+ * knowledge. */
+void fbn_machine_init(bool follows);
 const fbn_machine *fbn_this_machine(void);
 
 int64_t fbn_dtype_size(fbn_dtype dtype);

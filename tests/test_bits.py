@@ -4,7 +4,6 @@ Seeded bug that turns it red: partial sums combined by thread instead of by bloc
 """
 
 import itertools
-import math
 from functools import partial
 
 import arrays
@@ -178,11 +177,41 @@ def test_what_a_reduce_reads_at_a_time():
         assert tile % 16 == 0
         assert strips * -(-2048 // tile) >= threads
     short = ("rows", 32, 2048, 49)
-    assert plan("backward", *short)["warm"]
-    assert not plan("backward", *short, gated=True)["warm"]
-    assert not plan("moments", *short)["warm"]
-    assert not plan("backward", "rows", 32, 64, 49)["warm"]
-    assert not plan("backward", "rows", 32, 2048, 784)["warm"]
+    assert plan("backward", *short)["fetch"] == "nothing"
+    assert plan("backward", *short, gated=True)["fetch"] == "images"
+    assert plan("forward", *short, gated=True)["fetch"] == "neighbours"
+    assert plan("moments", *short)["fetch"] == "neighbours"
+    assert plan("backward", "rows", 32, 64, 49)["fetch"] == "neighbours"
+    assert plan("backward", "rows", 32, 2048, 784)["fetch"] == "images"
+    assert plan("backward", "cols", 1568, 2048, 1)["fetch"] == "nothing"
+
+
+def test_a_machine_that_follows_runs():
+    """Red with prefetches that are in the way of the hardware's, or none where its runs are interrupted; with two slabs
+    that are more than half of L2; or with a slab that cuts a line in two, though a whole one fits.
+    """
+    machine = {"l2": 1 << 20, "l3": 32 << 20, "follows": True}
+
+    def plan(op, channels, inner, threads=2, **call):
+        return _native.plan(op, "float32", "rows", 32, channels, inner, threads, machine=machine, **call)
+
+    for channels, inner in itertools.product([1024, 2048], [49, 196, 784]):
+        p, x = plan("backward", channels, inner), 32 * inner * 4
+        assert p["fetch"] == "nothing"
+        assert p["ahead"] == p["slab"]
+        assert p["slab"] * inner % 16 == 0
+        assert p["slab"] * 2 * x <= machine["l2"] / 4
+        assert plan("reduce", channels, inner)["fetch"] == plan("moments", channels, inner)["fetch"] == "nothing"
+    for channels, inner in ((64, 112 * 112), (512, 784), (1024, 196), (2048, 49)):
+        p = plan("forward", channels, inner)
+        assert p["turn"]
+        assert p["fetch"] == "soon"
+        assert p["ahead"] == 0
+    assert plan("forward", 64, 49)["fetch"] == "nothing", "nothing is streamed, and there are no turns"
+    for inner, ahead in ((3136, 1), (112 * 112, 0)):
+        p = plan("backward", 64, inner)
+        assert p["fetch"] == "images", "a channel is more than a quarter of L2"
+        assert p["ahead"] == ahead, "where L2 can hold it"
 
 
 def test_what_takes_turns():
@@ -196,7 +225,7 @@ def test_what_takes_turns():
 
     for channels, inner in ((64, 112 * 112), (512, 784), (1024, 196), (2048, 49)):
         p = plan("forward", channels, inner)
-        assert p["turns"]
+        assert p["turn"]
         assert p["stream"]
         assert not p["backwards"]
         assert p["ahead"] == 2 * p["slab"]
@@ -204,38 +233,41 @@ def test_what_takes_turns():
         assert p["tile"] == p["slab"]
         assert p["side"] * inner % 16 == 0
         p = plan("backward", channels, inner)
-        assert not p["turns"]
+        assert not p["turn"]
         assert p["backwards"]
         assert p["ahead"] == p["slab"]
-    assert not plan("forward", 64, 49)["turns"], "nothing is streamed"
-    assert not plan("forward", 2048, 49, gated=True)["turns"], "runs of 196 bytes cannot be streamed"
-    assert plan("forward", 512, 784, gated=True)["turns"]
+    assert not plan("forward", 64, 49)["turn"], "nothing is streamed"
+    assert not plan("forward", 2048, 49, gated=True)["turn"], "runs of 196 bytes cannot be streamed"
+    assert plan("forward", 512, 784, gated=True)["turn"]
     channel = 32 * 49 * 4
     assert plan("forward", 2048, 49)["slab"] * channel <= machine["l2"] / 4
     assert plan("forward", 2048, 49, gated=True)["slab"] * channel > machine["l2"] / 4
     for threads in (1, 2, 3):
         inner = 224 * 224
         enough = 2 * 3 * threads * 32 * inner * 4  # for three slabs of every thread, of a channel each, in one half
-        assert plan("forward", 2 * threads, inner, threads, l3=enough)["turns"]
+        assert plan("forward", 2 * threads, inner, threads, l3=enough)["turn"]
         for p in (
             plan("forward", threads, inner, threads, l3=enough),
             plan("forward", 2 * threads, inner, threads, l3=enough - 1),
         ):
-            assert (p["slab"], p["turns"], p["backwards"], p["ahead"]) == (1, False, True, 1)
+            assert (p["slab"], p["turn"], p["backwards"], p["ahead"]) == (1, 0, True, 1)
     assert plan("backward", 2048, 49, gated=True)["stream"], "a gate may be read from any place"
 
 
 def test_slabs_are_even():
-    """Red where a thread has more slabs than another, or where the last slab is what was left over."""
-    sizes = itertools.product(["forward", "backward"], [64, 128, 512, 2048], [49, 196, 784], [1, 2, 4])
+    """Red where a thread has more slabs than another, where the last slab is what was left over, or where slabs have
+    lines in common that could have none.
+    """
+    sizes = itertools.product(["forward", "backward"], [64, 130, 512, 2048], [49, 196, 784], [1, 2, 3, 4])
     for op, channels, inner, threads in sizes:
-        p = _native.plan(
-            op, "float32", "rows", 32, channels, inner, threads, machine={"l2": 2 << 20, "l3": 256 << 20}
-        )
-        slabs = -(-channels // p["slab"])
-        assert slabs % threads == 0, (op, channels, inner, threads)
-        smallest = channels - (slabs - 1) * p["slab"]
-        assert p["slab"] - smallest < slabs * 16 // math.gcd(16, inner), (op, channels, inner, threads)
+        p = _native.plan(op, "float32", "rows", 32, channels, inner, threads, machine={"l2": 2 << 20, "l3": 256 << 20})
+        grains = -(-channels // p["grain"])
+        assert p["slabs"] % threads == 0 or p["slabs"] == grains
+        assert p["slab"] == min(-(-grains // p["slabs"]) * p["grain"], channels)
+        assert p["slab"] * threads < channels + p["grain"] * threads
+        assert p["slab"] < p["grain"] * 2 or p["slab"] * 32 * inner * 4 <= (2 << 20) / 2
+        if p["slab"] >= 16:
+            assert p["grain"] * inner % 16 == 0
 
 
 def test_what_an_apply_step_covers():
@@ -246,12 +278,12 @@ def test_what_an_apply_step_covers():
     sizes = itertools.product(["forward", "normalize"], [3, 500, 4096], [7, 49, 784, 3001, 65537])
     for op, channels, inner in sizes:
         p = _native.plan(op, "float32", "rows", 64, channels, inner, 2, machine=machine)
-        most = 4096 if p["turns"] else 1 << 16
+        most = 1 << 16
         if p["panel"]:
             image = p["side"] * inner
             alone = p["slab"] > 0 or p["team"] == 1
             assert p["side"] == p["panel"]
-            assert p["piece"] == (most // image if p["turns"] else 64 if alone else 8)
+            assert p["piece"] == (4096 // image if p["turn"] else 64 if alone else 8)
         else:
             assert p["piece"] % 16 == 0
             assert p["side"] * min(p["piece"], inner) <= most
@@ -283,7 +315,7 @@ def test_past_the_cache(planes, dtype, layout, rng):
     for op in ("forward", "normalize", "backward"):
         plan = partial(_native.plan, op, dtype.name, "rows" if axis == 1 else "cols", outer)
         assert plan(channels, inner, 2)["stream"]
-        assert plan(channels, inner, 2)["turns"] == (op == "forward" and axis == 1)
+        assert (plan(channels, inner, 2)["turn"] > 0) == (op == "forward" and axis == 1)
         assert not plan(half, inner, 2)["stream"]
     parts = [slice(0, half), slice(half, channels)]
     few = [[np.ascontiguousarray(a[:, p] if axis == 1 else a[..., p]) for a in (x, grad_output)] for p in parts]

@@ -138,6 +138,8 @@ static inline int64_t fbn_ceil_div(int64_t a, int64_t b) { return a / b + (a % b
 
 static inline int64_t fbn_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
+static inline int64_t fbn_max(int64_t a, int64_t b) { return a > b ? a : b; }
+
 static inline int64_t fbn_clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
 static inline fbn_blocks fbn_blocks_rows(int64_t outer, int64_t inner)

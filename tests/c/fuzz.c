@@ -166,18 +166,22 @@ static fbn_machine machine;
 /* What plans decide, and how often; what is never seen is not tested. */
 #define DECISIONS(SEEN)                                                                                                \
     SEEN(teams, plan.team > 1)                                                                                         \
-    SEEN(slabs, plan.slab > 0 && plan.slab * plan.team < g->channels)                                                  \
+    SEEN(slabs, plan.slabs > plan.team)                                                                                \
+    SEEN(uneven_slabs, plan.slabs > 1 && g->channels % plan.slab != 0)                                                 \
     SEEN(sweeps, plan.slab == 0 && (call->op == FBN_PLAN_FORWARD || call->op == FBN_PLAN_BACKWARD))                    \
     SEEN(sides, plan.side > 1 && call->adjacent && g->family == FBN_ROWS)                                              \
     SEEN(pieces, plan.piece < (g->family == FBN_COLS ? g->channels : plan.panel > 0 ? g->outer : g->inner))            \
     SEEN(panels_of_planes, plan.panel > 0 && g->family == FBN_ROWS)                                                    \
     SEEN(panels_of_rows, plan.panel > 0 && g->family == FBN_COLS)                                                      \
     SEEN(streams, plan.stream)                                                                                         \
-    SEEN(turns, plan.turns)                                                                                            \
-    SEEN(panels_in_turns, plan.panel > 0 && plan.turns)                                                                \
-    SEEN(teams_in_turns, plan.team > 1 && plan.turns)                                                                  \
+    SEEN(turns, plan.turn > 0)                                                                                         \
+    SEEN(panels_in_turns, plan.panel > 0 && plan.turn > 0)                                                             \
+    SEEN(teams_in_turns, plan.team > 1 && plan.turn > 0)                                                               \
     SEEN(ahead, plan.ahead > 0 && plan.ahead < g->channels)                                                            \
-    SEEN(warm, plan.warm)
+    SEEN(fetch_nothing, g->family == FBN_ROWS && plan.fetch == FBN_FETCH_NOTHING)                                      \
+    SEEN(fetch_images, plan.fetch == FBN_FETCH_IMAGES)                                                                 \
+    SEEN(fetch_neighbours, plan.fetch == FBN_FETCH_NEIGHBOURS)                                                         \
+    SEEN(fetch_soon, plan.fetch == FBN_FETCH_SOON)
 #define COUNT(what, condition) long what;
 static struct {
     long plans;
@@ -584,7 +588,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     const source rest = s;
     call c = given;
     c.threads = c.threads < 1 ? c.threads : 1;
-    machine = (fbn_machine){1 << 24, 1 << 28};
+    machine = (fbn_machine){1 << 24, 1 << 28, false};
     int64_t bytes = is_ownable(&c.g) ? c.g.outer * c.g.channels * c.g.inner * fbn_dtype_size(c.g.dtype) : 0;
     bool activates = entries[which] != fuzz_moments && entries[which] != fuzz_copy;
     expect(&c, !activates || (unsigned)c.act.kind < FBN_ACTIVATION_COUNT);
@@ -593,7 +597,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     REQUIRE((status == FBN_OK) == c.sane || status == FBN_NO_MEMORY || (c.unsure && status == FBN_BAD_ARGUMENT));
     if (status == FBN_OK) {
         const int count = buffer_count;
-        machine = (fbn_machine){bytes >> caches % 8, bytes >> caches % 8 << caches / 8 % 8};
+        machine = (fbn_machine){bytes >> caches % 8, bytes >> caches % 8 << caches / 8 % 8, caches / 64 % 2 != 0};
         c = given;
         s = rest;
         status = entries[which](&s, &c);

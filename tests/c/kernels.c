@@ -242,6 +242,17 @@ RUN(moments_rows, &c->span, &c->blocks, c->first, c->last, c->channels, c->tile.
 RUN(moments_cols, &c->span, c->tile.data, c->stats[0], c->stats[1], c->stats[2])
 RUN(normalize_rows, &c->span, &c->coef, c->rule)
 RUN(normalize_cols, &c->span, &c->coef, c->rule)
+/* In pieces of all sizes; what is not streamed, and so the reference, at once. */
+static void run_normalize_some(const fbn_kernels *k, const call *c)
+{
+    fbn_place place = {0, 0};
+    if (!c->span.stream) {
+        k->normalize_rows(&c->span, &c->coef, c->rule);
+    }
+    for (int64_t i = 1; c->span.stream && place.row < c->span.rows; i = i * 5 % 37) {
+        k->normalize_some(&c->span, &c->coef, c->rule, &place, 16 * i);
+    }
+}
 RUN(backward_reduce_rows, &c->span, &c->coef, c->rule, &c->blocks, c->first, c->last, c->channels, c->mean,
     c->tile.data, c->stats[0], c->stats[1])
 RUN(backward_reduce_cols, &c->span, &c->coef, c->rule, c->mean, c->tile.data, c->stats[0], c->stats[1])
@@ -260,6 +271,7 @@ RUN(fence)
 #define IS_moments_rows true, MOMENTS, false
 #define IS_moments_cols false, MOMENTS, false
 #define IS_normalize_rows true, APPLIES, false
+#define IS_normalize_some true, APPLIES, false
 #define IS_normalize_cols false, APPLIES, false
 #define IS_backward_reduce_rows true, SUMS, true
 #define IS_backward_reduce_cols false, SUMS, true
