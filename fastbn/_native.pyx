@@ -202,6 +202,7 @@ _OPS = ("moments", "forward", "normalize", "reduce", "backward", "apply")
 _FAMILIES = ("rows", "cols")
 
 cdef object _bf16_type = _bfloat16
+cdef dict _activation_kinds = {name: kind for kind, name in enumerate(ACTIVATIONS)}
 
 
 cdef int dtype_code(cnp.ndarray a) except -2:
@@ -220,10 +221,11 @@ cdef int dtype_code(cnp.ndarray a) except -2:
 
 cdef fbn_act activation_of(object name, object negative_slope) except *:
     cdef fbn_act act
-    act.kind = FBN_IDENTITY
+    cdef object kind = _activation_kinds.get(name) if name is None or type(name) is str else None
     act.negative_slope = real("negative_slope", negative_slope, -INFINITY, INFINITY)
-    if name is not None:
-        act.kind = <fbn_activation><int>ACTIVATIONS.index(choice("activation", name, ACTIVATIONS))
+    if kind is None:
+        kind = ACTIVATIONS.index(choice("activation", name, ACTIVATIONS))
+    act.kind = <fbn_activation><int>kind
     return act
 
 
