@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import _native
-from fastbn._moments import Moments
+from fastbn._moments import Moments, made
 
 __all__ = [
     "backward_apply",
@@ -287,8 +287,7 @@ def moments(x: Any, *, channel_axis: int = 1) -> Moments:
     >>> m.count, m.mean, m.var()
     (2, array([2., 5.]), array([1., 0.]))
     """
-    count, mean, mean_lo, m2 = _native.moments(x, channel_axis)
-    return Moments(count, mean, m2, mean_lo)
+    return made(*_native.moments(x, channel_axis))
 
 
 def normalize(

@@ -75,11 +75,7 @@ class Moments:
     def __init__(self, count: float, mean: ArrayLike, m2: ArrayLike, mean_lo: ArrayLike | None = None) -> None:
         first = as_parameter("mean", mean, np.float64)
         lo = np.zeros(first.shape) if mean_lo is None else as_parameter("mean_lo", mean_lo, np.float64, first.shape)
-        arrays = {"mean": first, "m2": as_parameter("m2", m2, np.float64, first.shape), "mean_lo": lo}
-        for name, array in arrays.items():
-            array.flags.writeable = False
-            object.__setattr__(self, name, array)
-        object.__setattr__(self, "count", _as_count(count))
+        _fill(self, _as_count(count), *_sealed(first, lo, as_parameter("m2", m2, np.float64, first.shape)))
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"Moments is immutable: cannot set {name!r}")
@@ -147,7 +143,7 @@ class Moments:
             hi = mean + lo
             lo = np.where(np.isfinite(hi), lo - (hi - mean), 0.0)
             m2 = self.m2 + other.m2 + delta * shift * self.count
-        return Moments(count, hi, m2, lo)
+        return made(_as_count(count), *_sealed(hi, lo, m2))
 
     def __radd__(self, other: int) -> Moments:
         # sum() starts from 0.
@@ -157,3 +153,23 @@ class Moments:
 def _as_count(count: Any) -> float:
     number = _native.number("count", count, 0.0)
     return int(count) if isinstance(count, numbers.Integral) else number
+
+
+def _sealed(*arrays: _Float64) -> tuple[_Float64, ...]:
+    for array in arrays:
+        array.setflags(write=False)
+    return arrays
+
+
+def _fill(moments: Moments, count: float, mean: _Float64, mean_lo: _Float64, m2: _Float64) -> None:
+    object.__setattr__(moments, "count", count)
+    object.__setattr__(moments, "mean", mean)
+    object.__setattr__(moments, "mean_lo", mean_lo)
+    object.__setattr__(moments, "m2", m2)
+
+
+def made(count: float, mean: _Float64, mean_lo: _Float64, m2: _Float64) -> Moments:
+    """Return the moments of what needs neither a check nor a copy: a count, and new arrays that are read-only."""
+    moments = object.__new__(Moments)
+    _fill(moments, count, mean, mean_lo, m2)
+    return moments

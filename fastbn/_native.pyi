@@ -127,7 +127,9 @@ def commit(layer: Any, pairs: list[tuple[_Array, _Array]], tracked: int | None) 
 def backward(
     grad_output: Any, x: Any, saved: Saved, weight: _Params, bias: _Params, out: _Array | None
 ) -> tuple[_Array, _Array, _Array, _Array | None]: ...
-def moments(x: Any, channel_axis: int) -> tuple[int, _Array, _Array, _Array]: ...  # count, mean, mean_lo, m2
+
+# count, mean, mean_lo, m2: new arrays, and read-only.
+def moments(x: Any, channel_axis: int) -> tuple[int, _Array, _Array, _Array]: ...
 def backward_reduce(grad_output: Any, x: Any, mean: _Array, channel_axis: int) -> tuple[_Array, _Array]: ...
 def backward_apply(
     grad_output: Any,

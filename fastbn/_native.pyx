@@ -206,6 +206,7 @@ _FAMILIES = ("rows", "cols")
 _FETCHES = ("nothing", "images", "neighbours", "soon")
 
 cdef object _bf16_type = _bfloat16
+cdef dict _activation_kinds = {name: kind for kind, name in enumerate(ACTIVATIONS)}
 
 
 cdef int dtype_code(cnp.ndarray a) except -2:
@@ -224,10 +225,11 @@ cdef int dtype_code(cnp.ndarray a) except -2:
 
 cdef fbn_act activation_of(object name, object negative_slope) except *:
     cdef fbn_act act
-    act.kind = FBN_IDENTITY
+    cdef object kind = _activation_kinds.get(name) if name is None or type(name) is str else None
     act.negative_slope = real("negative_slope", negative_slope, -INFINITY, INFINITY)
-    if name is not None:
-        act.kind = <fbn_activation><int>ACTIVATIONS.index(choice("activation", name, ACTIVATIONS))
+    if kind is None:
+        kind = ACTIVATIONS.index(choice("activation", name, ACTIVATIONS))
+    act.kind = <fbn_activation><int>kind
     return act
 
 
@@ -501,16 +503,13 @@ cdef struct Geometry:
     fbn_tensor t[4]
 
 
-@cython.freelist(8)
-cdef class _Operands:
-    """Up to four arrays of one shape as one geometry; copies where strides, alignment, byte order or overlap ask for it.
-
-    The first array is x, the second is read beside it, the others are outputs: what was computed into a stand-in is put
-    back by finish().
+cdef class _StandIns:
+    """What a call works on where its arrays are no one geometry: copies, as strides, alignment, byte order or overlap
+    ask for. The first is x, the second is read beside it, the others are outputs, which finish() puts back.
     """
 
     cdef cnp.ndarray a0, a1, a2, a3
-    cdef object back  # [(array, its stand-in)] or None
+    cdef list back  # [(array, its stand-in)]
 
 
 cdef bint collapse(cnp.ndarray x, cnp.ndarray b, cnp.ndarray c, cnp.ndarray d, int code, int axis, Geometry *geo) noexcept:
@@ -543,18 +542,25 @@ cdef bint same_geometry(const fbn_geometry *a, const fbn_geometry *b) noexcept:
     return a.family == b.family and a.outer == b.outer and a.channels == b.channels and a.inner == b.inner
 
 
+cdef _StandIns stand_ins(cnp.ndarray a0, cnp.ndarray a1, cnp.ndarray a2, cnp.ndarray a3, list back):
+    cdef _StandIns s = _StandIns.__new__(_StandIns)
+    s.a0, s.a1, s.a2, s.a3, s.back = a0, a1, a2, a3, back
+    return s
+
+
 cdef int still_fits(cnp.ndarray x, cnp.ndarray a, int code) except -1:
     if not same_shape(a, x) or dtype_code(a) != code:
         raise RuntimeError("an array changed its shape or dtype during the call")
     return 0
 
 
-cdef _Operands arrange(cnp.ndarray x, cnp.ndarray other, cnp.ndarray out, cnp.ndarray extra, int code, int axis,
+cdef _StandIns arrange(cnp.ndarray x, cnp.ndarray other, cnp.ndarray out, cnp.ndarray extra, int code, int axis,
                        Py_ssize_t channels, const fbn_geometry *wanted, object walk, Geometry *geo):
     """Brings x, what is read beside it, and the outputs to x's geometry; to `wanted`, by way of the strides `walk`, where
-    there is a gate that was laid out by them.
+    there is a gate that was laid out by them. Returns what has to outlive the call besides, if anything.
     """
-    cdef _Operands o = _Operands.__new__(_Operands)
+    cdef _StandIns s = None
+    cdef cnp.ndarray y = out
     cdef cnp.ndarray like = x
     # Arguments may have run code of theirs (__float__, __dlpack__) since each was checked. From here on none does.
     if axis >= cnp.PyArray_NDIM(x) or cnp.PyArray_DIM(x, axis) != channels or cnp.PyArray_SIZE(x) == 0:
@@ -566,36 +572,35 @@ cdef _Operands arrange(cnp.ndarray x, cnp.ndarray other, cnp.ndarray out, cnp.nd
         still_fits(x, out, code)
     if extra is not None:
         still_fits(x, extra, code)
-    o.a0, o.a1, o.a2, o.a3 = x, other, out, extra
     if wanted != NULL and (<object>x).strides != walk:
         like = np.lib.stride_tricks.as_strided(np.empty(1, dtype=x.dtype), (<object>x).shape, walk)
     else:
         # The common case: nothing clashes and everything collapses together.
         if out is not None:
             if clashes(x, out) or (other is not None and clashes(other, out)):
-                o.a2 = blank(x)
-                o.back = [(out, o.a2)]
-        if collapse(o.a0, o.a1, o.a2, o.a3, code, axis, geo) and (wanted == NULL or same_geometry(&geo.g, wanted)) and (
+                y = blank(x)
+                s = stand_ins(x, other, y, extra, [(out, y)])
+        if collapse(x, other, y, extra, code, axis, geo) and (wanted == NULL or same_geometry(&geo.g, wanted)) and (
             out is None or PyArray_IS_C_CONTIGUOUS(out) or not overlaps_itself(out)
         ):
-            return o
+            return s
     # Then everything else without gaps, and at last x.
     for move_x in (False, True):
         if like is not x and not move_x:
             continue
-        o.back = []
+        s = stand_ins(x, other, out, extra, [])
         if move_x:
-            o.a0 = native_copy(x, like)
+            s.a0 = native_copy(x, like)
         if other is not None:
-            o.a1 = native_copy(other, like)
+            s.a1 = native_copy(other, like)
         if out is not None:
-            o.a2 = blank(like)
-            o.back.append((out, o.a2))
+            s.a2 = blank(like)
+            s.back.append((out, s.a2))
         if extra is not None:
-            o.a3 = blank(like)
-            o.back.append((extra, o.a3))
-        if collapse(o.a0, o.a1, o.a2, o.a3, code, axis, geo) and (wanted == NULL or same_geometry(&geo.g, wanted)):
-            return o
+            s.a3 = blank(like)
+            s.back.append((extra, s.a3))
+        if collapse(s.a0, s.a1, s.a2, s.a3, code, axis, geo) and (wanted == NULL or same_geometry(&geo.g, wanted)):
+            return s
     raise RuntimeError("fastbn: arrays without gaps did not collapse to one geometry")
 
 
@@ -605,9 +610,9 @@ cdef bint has_gaps(cnp.ndarray x) noexcept:
     return high - low != <uintptr_t>cnp.PyArray_NBYTES(x)
 
 
-cdef int finish(_Operands o) except -1:
-    if o.back is not None:
-        for array, copy in o.back:
+cdef int finish(_StandIns s) except -1:
+    if s is not None:
+        for array, copy in s.back:
             array[...] = copy
     return 0
 
@@ -755,9 +760,8 @@ cdef class Saved:
     cdef readonly bint moved  # whether running statistics followed this batch
     cdef readonly double eps
     cdef readonly int channel_axis
-    cdef readonly object activation
-    cdef readonly double negative_slope
     cdef readonly bint has_residual
+    cdef fbn_act act
     cdef double *mean_
     cdef double *mean_lo
     cdef double *var_
@@ -781,6 +785,14 @@ cdef class Saved:
         cnp.set_array_base(a, self)
         cnp.PyArray_CLEARFLAGS(a, cnp.NPY_ARRAY_WRITEABLE)
         return a
+
+    @property
+    def activation(self):
+        return ACTIVATIONS[<int>self.act.kind]
+
+    @property
+    def negative_slope(self):
+        return self.act.negative_slope
 
     @property
     def mean(self):
@@ -808,12 +820,11 @@ cdef cnp.ndarray vector(Py_ssize_t channels, int typenum=cnp.NPY_FLOAT64):
     return cnp.PyArray_SimpleNew(1, &size, typenum)
 
 
-cdef Saved new_saved(cnp.ndarray x, int code, int axis, double eps, object activation, double slope, bint has_residual):
+cdef Saved new_saved(cnp.ndarray x, int code, int axis, double eps, fbn_act act, bint has_residual):
     cdef Saved s = Saved.__new__(Saved)
     s.eps = eps
     s.channel_axis = axis
-    s.activation = activation
-    s.negative_slope = slope
+    s.act = act
     s.has_residual = has_residual
     s.code = code
     s.ndim = cnp.PyArray_NDIM(x)
@@ -832,24 +843,25 @@ cdef bint of_that_shape(Saved s, cnp.ndarray x) noexcept:
                                                     <size_t>s.ndim * sizeof(Py_ssize_t)) == 0
 
 
-cdef _Operands arrange_forward(Saved s, cnp.ndarray x, cnp.ndarray residual, cnp.ndarray y, int code, int axis,
+cdef _StandIns arrange_forward(Saved s, cnp.ndarray x, cnp.ndarray residual, cnp.ndarray y, int code, int axis,
                                Py_ssize_t channels, Geometry *geo):
     """With an activation after a residual, whose sign cannot be recomputed, one bit an element is kept. The backward
     finds it by the geometry of x without gaps, which is what all that it may have to copy collapses to.
     """
     cdef Geometry tight
     cdef const fbn_geometry *wanted = NULL
-    cdef bint gated = s is not None and s.has_residual and s.activation is not None
-    cdef _Operands o
+    cdef bint gated = s is not None and s.has_residual and s.act.kind != FBN_IDENTITY
+    cdef _StandIns moved
     if gated and has_gaps(x):
         collapse(blank(x), None, None, None, code, axis, &tight)
         wanted = &tight.g
-    o = arrange(x, residual, y, None, code, axis, channels, wanted, None if wanted == NULL else (<object>x).strides, geo)
+    moved = arrange(x, residual, y, None, code, axis, channels, wanted, None if wanted == NULL else (<object>x).strides,
+                    geo)
     if gated:
         s.geometry = geo.g
         s.gate = np.empty(fbn_gate_bytes(&geo.g), dtype=np.uint8)
-        s.walk = (<object>o.a0).strides
-    return o
+        s.walk = (<object>(x if moved is None else moved.a0)).strides
+    return moved
 
 
 cdef uint8_t *gate_data(Saved s) noexcept:
@@ -875,7 +887,7 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
     cdef fbn_moments stats
     cdef Geometry geo
     cdef Saved saved
-    cdef _Operands o
+    cdef _StandIns moved
     cdef fbn_status status
     cdef int threads = fbn_get_num_threads()
     cdef fbn_tensor *other = NULL
@@ -897,16 +909,12 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
             f"Expected more than 1 value per channel when training, got input size {list((<object>x).shape)}"
         )
     y = output(out, x, code, "out")
-    saved = new_saved(x, code, axis, eps, activation, act.negative_slope, residual is not None)
+    saved = new_saved(x, code, axis, eps, act, residual is not None)
     if cnp.PyArray_SIZE(x) == 0:
         memset(saved.mean_, 0, <size_t>(3 * channels) * sizeof(double))
         return y, saved
-    if layer is not None:
-        before = layer._tracked
-        tracked = before + 1
-        skipped = layer._skipped + 1
     stats.mean, stats.mean_lo, stats.m2 = saved.mean_, saved.mean_lo, saved.var_
-    o = arrange_forward(saved, x, residual, y, code, axis, channels, &geo)
+    moved = arrange_forward(saved, x, residual, y, code, axis, channels, &geo)
     gate = gate_data(saved)
     if residual is not None:
         other = &geo.t[1]
@@ -914,9 +922,13 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
     status = fbn_forward(&geo.g, geo.t[0], other, geo.t[2], gate, &affine, act, threads, &stats)
     take_back(state)
     check(status)
-    finish(o)
+    finish(moved)
     saved.count = stats.count
     result = y, saved
+    if layer is not None:
+        tracked = layer._tracked + 1
+        if guard:
+            skipped = layer._skipped + 1
     # From here on nothing asks for memory, and no signal is handled: a counter moves together with the statistics.
     lock_numbers()
     saved.moved = update_running(running_mean, running_var, factor, &stats, channels, guard)
@@ -924,12 +936,10 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
     for i in range(channels):
         stats.m2[i] /= <double>stats.count
     if layer is not None:
-        if not saved.moved:
-            layer._skipped = skipped
-        elif layer._tracked is before:
+        if saved.moved:
             layer._tracked = tracked
-        else:  # an argument has code of its own, which has trained the layer meanwhile: count both
-            layer._tracked += 1
+        else:
+            layer._skipped = skipped
     return result
 
 
@@ -1049,7 +1059,7 @@ cdef class Prepared:
         cdef int code = data_code(vx, "x")
         cdef int axis
         cdef Geometry geo
-        cdef _Operands o
+        cdef _StandIns moved
         cdef fbn_status status
         cdef fbn_tensor *other = NULL
         cdef int threads = fbn_get_num_threads()
@@ -1069,12 +1079,12 @@ cdef class Prepared:
         y = output(out, vx, code, "out")
         if cnp.PyArray_SIZE(vx) == 0:
             return out if out is not None else y
-        o = arrange(vx, vr, y, None, code, axis, self.channels, NULL, None, &geo)
+        moved = arrange(vx, vr, y, None, code, axis, self.channels, NULL, None, &geo)
         state = let_go(cnp.PyArray_NBYTES(vx))
         status = fbn_apply(&geo.g, geo.t[0], other, geo.t[2], NULL, self.prepared, self.act, threads)
         take_back(state)
         check(status)
-        finish(o)
+        finish(moved)
         return out if out is not None else y
 
 
@@ -1102,7 +1112,7 @@ cdef tuple run_normalize(object x_given, object mean, object var, object weight,
     cdef fbn_affine affine
     cdef Geometry geo
     cdef Saved saved = None
-    cdef _Operands o
+    cdef _StandIns moved
     cdef fbn_status status
     cdef int threads = fbn_get_num_threads()
     cdef fbn_tensor *other = NULL
@@ -1115,20 +1125,20 @@ cdef tuple run_normalize(object x_given, object mean, object var, object weight,
         other = &geo.t[1]
     y = output(out, x, code, "out")
     if save:
-        saved = new_saved(x, code, axis, affine.eps, activation, act.negative_slope, residual is not None)
+        saved = new_saved(x, code, axis, affine.eps, act, residual is not None)
         memcpy(saved.mean_, affine.mean, <size_t>channels * sizeof(double))
         memset(saved.mean_lo, 0, <size_t>channels * sizeof(double))
         memcpy(saved.var_, affine.var, <size_t>channels * sizeof(double))
     if cnp.PyArray_SIZE(x) == 0:
         return y, saved
-    o = arrange_forward(saved, x, residual, y, code, axis, channels, &geo)
+    moved = arrange_forward(saved, x, residual, y, code, axis, channels, &geo)
     if save:
         gate = gate_data(saved)
     state = let_go(cnp.PyArray_NBYTES(x))
     status = fbn_normalize(&geo.g, geo.t[0], other, geo.t[2], gate, &affine, act, threads)
     take_back(state)
     check(status)
-    finish(o)
+    finish(moved)
     return y, saved
 
 
@@ -1195,8 +1205,7 @@ def backward(grad_output, x, Saved saved not None, weight, bias, out):
     cdef _ParamBlock p
     cdef fbn_affine affine
     cdef Geometry geo
-    cdef _Operands o
-    cdef fbn_act act
+    cdef _StandIns moved
     cdef fbn_status status
     cdef int threads = fbn_get_num_threads()
     cdef fbn_tensor *extra = NULL
@@ -1214,7 +1223,6 @@ def backward(grad_output, x, Saved saved not None, weight, bias, out):
         raise ValueError(f"x must have the shape of the forward's x, {shape}, got {(<object>vx).shape}")
     check_like(dy, vx, code, "grad_output")
     channels = cnp.PyArray_DIM(vx, axis)
-    act = activation_of(saved.activation, saved.negative_slope)
     p = params(channels, 4)
     memset(&affine, 0, sizeof(affine))
     affine.eps = saved.eps
@@ -1232,13 +1240,13 @@ def backward(grad_output, x, Saved saved not None, weight, bias, out):
         gate = gate_data(saved)
         if gate != NULL:
             wanted = &saved.geometry
-        o = arrange(vx, dy, dx, dresidual, code, axis, channels, wanted, saved.walk, &geo)
+        moved = arrange(vx, dy, dx, dresidual, code, axis, channels, wanted, saved.walk, &geo)
         state = let_go(cnp.PyArray_NBYTES(vx))
-        status = fbn_backward(&geo.g, geo.t[0], geo.t[1], geo.t[2], extra, gate, &affine, act, training, threads,
+        status = fbn_backward(&geo.g, geo.t[0], geo.t[1], geo.t[2], extra, gate, &affine, saved.act, training, threads,
                               sum_dy, sum_dy_xmu)
         take_back(state)
         check(status)
-        finish(o)
+        finish(moved)
     for i in range(channels):
         deviation = sqrt(affine.var[i] + affine.eps)
         sum_dy_xmu[i] = 0.0 if training and deviation == 0.0 else sum_dy_xmu[i] / deviation
@@ -1249,27 +1257,38 @@ def backward(grad_output, x, Saved saved not None, weight, bias, out):
 
 # ---- building blocks ----
 
+cdef cnp.ndarray zeros(Py_ssize_t channels):
+    cdef cnp.npy_intp size = channels
+    return cnp.PyArray_ZEROS(1, &size, cnp.NPY_FLOAT64, 0)
+
+
+cdef double *numbers_of(cnp.ndarray a) noexcept:
+    return <double *>cnp.PyArray_DATA(a)
+
+
 def moments(x, channel_axis):
     cdef cnp.ndarray vx = view_of(x, "x")
     cdef int code = data_code(vx, "x")
     cdef int axis = axis_of(vx, channel_axis)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(vx, axis)
     cdef fbn_moments stats
+    cdef cnp.ndarray mean, mean_lo, m2
     cdef Geometry geo
-    cdef _Operands o
+    cdef _StandIns moved
     cdef fbn_status status
     cdef int threads = fbn_get_num_threads()
-    mean = np.zeros(channels, dtype=np.float64)
-    mean_lo = np.zeros(channels, dtype=np.float64)
-    m2 = np.zeros(channels, dtype=np.float64)
+    mean, mean_lo, m2 = zeros(channels), zeros(channels), zeros(channels)
+    for made in (mean, mean_lo, m2):
+        cnp.PyArray_CLEARFLAGS(made, cnp.NPY_ARRAY_WRITEABLE)
     if cnp.PyArray_SIZE(vx) == 0:
         return 0, mean, mean_lo, m2
-    stats.mean = <double *>cnp.PyArray_DATA(<cnp.ndarray>mean)
-    stats.mean_lo = <double *>cnp.PyArray_DATA(<cnp.ndarray>mean_lo)
-    stats.m2 = <double *>cnp.PyArray_DATA(<cnp.ndarray>m2)
-    o = arrange(vx, None, None, None, code, axis, channels, NULL, None, &geo)
-    with nogil:
-        status = fbn_moments_of(&geo.g, geo.t[0], threads, &stats)
+    stats.mean = numbers_of(mean)
+    stats.mean_lo = numbers_of(mean_lo)
+    stats.m2 = numbers_of(m2)
+    moved = arrange(vx, None, None, None, code, axis, channels, NULL, None, &geo)
+    state = let_go(cnp.PyArray_NBYTES(vx))
+    status = fbn_moments_of(&geo.g, geo.t[0], threads, &stats)
+    take_back(state)
     check(status)
     return stats.count, mean, mean_lo, m2
 
@@ -1283,25 +1302,23 @@ def backward_reduce(grad_output, x, mean, channel_axis):
     cdef fbn_affine affine
     cdef fbn_act act = activation_of(None, 0.0)
     cdef Geometry geo
-    cdef _Operands o
+    cdef _StandIns moved
     cdef fbn_status status
     cdef int threads = fbn_get_num_threads()
     cdef _ParamBlock p = params(channels, 1)
-    cdef double *a
-    cdef double *b
+    cdef cnp.ndarray sum_dy, sum_dy_xmu
     check_like(dy, vx, code, "grad_output")
     load(mean, channels, "mean", p.slot(0))
     memset(&affine, 0, sizeof(affine))
     affine.mean = affine.var = p.slot(0)  # sums without an activation do not look at the variance
-    sum_dy = np.zeros(channels, dtype=np.float64)
-    sum_dy_xmu = np.zeros(channels, dtype=np.float64)
+    sum_dy, sum_dy_xmu = zeros(channels), zeros(channels)
     if cnp.PyArray_SIZE(vx) == 0:
         return sum_dy, sum_dy_xmu
-    a = <double *>cnp.PyArray_DATA(<cnp.ndarray>sum_dy)
-    b = <double *>cnp.PyArray_DATA(<cnp.ndarray>sum_dy_xmu)
-    o = arrange(vx, dy, None, None, code, axis, channels, NULL, None, &geo)
-    with nogil:
-        status = fbn_backward_reduce(&geo.g, geo.t[0], geo.t[1], NULL, &affine, act, threads, a, b)
+    moved = arrange(vx, dy, None, None, code, axis, channels, NULL, None, &geo)
+    state = let_go(cnp.PyArray_NBYTES(vx))
+    status = fbn_backward_reduce(&geo.g, geo.t[0], geo.t[1], NULL, &affine, act, threads, numbers_of(sum_dy),
+                                 numbers_of(sum_dy_xmu))
+    take_back(state)
     check(status)
     return sum_dy, sum_dy_xmu
 
@@ -1315,7 +1332,7 @@ def backward_apply(grad_output, x, mean, var, weight, sum_dy, sum_dy_xmu, count,
     cdef fbn_affine affine
     cdef fbn_act act = activation_of(None, 0.0)
     cdef Geometry geo
-    cdef _Operands o
+    cdef _StandIns moved
     cdef fbn_status status
     cdef int threads = fbn_get_num_threads()
     cdef _ParamBlock p = params(channels, 6)
@@ -1330,11 +1347,12 @@ def backward_apply(grad_output, x, mean, var, weight, sum_dy, sum_dy_xmu, count,
     load(sum_dy_xmu, channels, "sum_dy_xmu", b)
     dx = output(out, vx, code, "out")
     if cnp.PyArray_SIZE(vx) > 0:
-        o = arrange(vx, dy, dx, None, code, axis, channels, NULL, None, &geo)
-        with nogil:
-            status = fbn_backward_apply(&geo.g, geo.t[0], geo.t[1], geo.t[2], NULL, NULL, &affine, act, a, b, n, threads)
+        moved = arrange(vx, dy, dx, None, code, axis, channels, NULL, None, &geo)
+        state = let_go(cnp.PyArray_NBYTES(vx))
+        status = fbn_backward_apply(&geo.g, geo.t[0], geo.t[1], geo.t[2], NULL, NULL, &affine, act, a, b, n, threads)
+        take_back(state)
         check(status)
-        finish(o)
+        finish(moved)
     return dx if out is None else out
 
 

@@ -20,18 +20,20 @@ int64_t fbn_coefs_bytes(fbn_dtype dtype, int64_t width)
 }
 
 /* Vectors are loaded past the last element, and what they bring is thrown away: but it must be there. */
-static void fbn_coefs_pad(const fbn_coefs *c, int which, int64_t width)
+static void fbn_coefs_pad(const fbn_coefs *c, int first, int count, int64_t width)
 {
     size_t size = fbn_coef_size(c->dtype);
-    memset(fbn_coef_array(c, which) + (size_t)width * size, 0, FBN_COEF_PAD * size);
+    size_t step = fbn_coef_step(c->width) * size;
+    char *end = fbn_coef_array(c, first) + (size_t)width * size;
+    for (int which = first; which < count; which++, end += step) {
+        memset(end, 0, FBN_COEF_PAD * size);
+    }
 }
 
 void fbn_coefs_place(fbn_coefs *c, fbn_dtype dtype, int64_t width, void *memory)
 {
     *c = (fbn_coefs){.dtype = dtype, .width = width, .uniform = true, .memory = memory};
-    for (int which = 0; which < FBN_COEF_COUNT; which++) {
-        fbn_coefs_pad(c, which, width);
-    }
+    fbn_coefs_pad(c, 0, FBN_COEF_COUNT, width);
 }
 
 void fbn_coefs_fill(fbn_coefs *c, const fbn_affine *affine, bool batch, const fbn_backward_sums *sums, int64_t first,
@@ -84,7 +86,8 @@ void fbn_coefs_expand(fbn_coefs *to, const fbn_coefs *from, int64_t first, int64
     size_t size = fbn_coef_size(to->dtype);
     int count = backward ? FBN_COEF_COUNT : FBN_SLOPE;
     to->uniform = from->uniform;
-    for (int which = from->uniform ? FBN_NEG_MEAN : FBN_UNIT; which < count; which++) {
+    int least = from->uniform ? FBN_NEG_MEAN : FBN_UNIT;
+    for (int which = least; which < count; which++) {
         const char *source = fbn_coef_array(from, which) + (size_t)first * size;
         char *target = fbn_coef_array(to, which);
         int64_t done = 0;
@@ -101,6 +104,6 @@ void fbn_coefs_expand(fbn_coefs *to, const fbn_coefs *from, int64_t first, int64
             memcpy(target + (size_t)done * size, again, (size_t)n * size);
             done += n;
         }
-        fbn_coefs_pad(to, which, width);
     }
+    fbn_coefs_pad(to, least, count, width);
 }

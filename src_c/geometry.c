@@ -15,6 +15,14 @@ static bool fbn_dims_merge(const fbn_dim *outer, const fbn_dim *inner, int array
     return outer->stride[array] == inner->stride[array] * inner->size;
 }
 
+/* Divisions by a number that the compiler does not know would be most of the time of a collapse. */
+static bool fbn_aligned(int64_t bytes, int64_t size) { return (bytes & (size - 1)) == 0; }
+
+static int64_t fbn_elements(int64_t bytes, int64_t size)
+{
+    return size == 8 ? bytes / 8 : size == 4 ? bytes / 4 : bytes / 2;
+}
+
 static int64_t fbn_magnitude(int64_t x) { return x < 0 ? -x : x; }
 
 /* Where a dimension belongs, outermost first. A broadcast one is at home anywhere, and out of the way outside. */
@@ -32,17 +40,17 @@ bool fbn_collapse(fbn_dtype dtype, int ndim, int channel_axis, const intptr_t *s
     }
     for (int a = 0; a < count; a++) {
         tensors[a].data = arrays[a].data;
-        if ((uintptr_t)arrays[a].data % (uintptr_t)size != 0) {
+        if (!fbn_aligned((intptr_t)arrays[a].data, size)) {
             return false;
         }
     }
     for (int d = 0; d < ndim; d++) {
         fbn_dim dim = {.size = shape[d]};
         for (int a = 0; a < count; a++) {
-            if (dim.size > 1 && arrays[a].strides[d] % size != 0) {
+            if (dim.size > 1 && !fbn_aligned(arrays[a].strides[d], size)) {
                 return false;
             }
-            dim.stride[a] = arrays[a].strides[d] / size;
+            dim.stride[a] = fbn_elements(arrays[a].strides[d], size);
         }
         if (d == channel_axis) {
             channel = dim;
@@ -116,7 +124,7 @@ bool fbn_collapse(fbn_dtype dtype, int ndim, int channel_axis, const intptr_t *s
 
 static bool fbn_product(int64_t a, int64_t b, int64_t *out)
 {
-    if (a != 0 && b > INT64_MAX / a) {
+    if ((a | b) > INT32_MAX && a != 0 && b > INT64_MAX / a) { /* a division only where it may matter */
         return false;
     }
     *out = a * b;
@@ -141,7 +149,7 @@ bool fbn_tensor_valid(const fbn_geometry *g, const fbn_tensor *t)
     int64_t size = fbn_dtype_size(g->dtype);
     int64_t reach;
     int64_t across;
-    return t->data != NULL && (uintptr_t)t->data % (uintptr_t)size == 0 && t->outer_stride > INT64_MIN / 2 &&
+    return t->data != NULL && fbn_aligned((intptr_t)t->data, size) && t->outer_stride > INT64_MIN / 2 &&
            t->channel_stride > INT64_MIN / 2 && (g->family == FBN_ROWS || t->channel_stride == 1) &&
            fbn_product(g->outer, fbn_magnitude(t->outer_stride), &reach) &&
            fbn_product(g->channels, fbn_magnitude(t->channel_stride), &across) && reach <= FBN_FARTHEST - across &&

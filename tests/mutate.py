@@ -404,8 +404,8 @@ BUGS = [
         17,
         "memory before the counter",
         "fastbn/_native.pyx",
-        "        elif layer._tracked is before:\n            layer._tracked = tracked\n",
-        "        elif layer._tracked is before:\n            layer._tracked = before + 1\n",
+        "            layer._tracked = tracked\n",
+        "            layer._tracked += 1\n",
         "test_memory.py::test_every_allocation_may_fail",
     ),
     Bug(
