@@ -113,7 +113,7 @@ static void fbn_reduce_strip(const fbn_pass *pass, fbn_partials *p, const double
     int64_t planes =
         fetch == FBN_FETCH_IMAGES ? fbn_clamp(reach, fbn_group(g->inner, fbn_is_wide(g->dtype)), FBN_REACH) : 0;
     int64_t channels = fetch == FBN_FETCH_NEIGHBOURS ? last - first : 0;
-    int64_t soon = fetch == FBN_FETCH_SOON ? FBN_SOON : 0;
+    int64_t soon = fetch == FBN_FETCH_SOON ? FBN_REACH : 0;
     fbn_span span = {
         .x = fbn_at(&pass->x, size, rows ? 0 : begin, first, 0),
         .other = fbn_at(&pass->other, size, rows ? 0 : begin, first, 0),

@@ -42,7 +42,7 @@ int64_t fbn_dtype_size(fbn_dtype dtype) { return dtype == FBN_F64 ? 8 : dtype ==
 /* How much of a tensor one step of an apply walk covers: small enough to share, large enough to call a kernel for.
  * Elements of a run; bytes of rows; images of a panel. And where walks take turns, elements of a run and of a panel:
  * stores are to drain while the other reads. */
-enum { FBN_PIECE = 1 << 16, FBN_TURN = 512, FBN_TURN_PANEL = 4096, FBN_ROWS_BYTES = 1 << 16, FBN_PANEL_TILE = 8 };
+enum { FBN_PIECE = 1 << 16, FBN_TURN = 1024, FBN_TURN_PANEL = 4096, FBN_ROWS_BYTES = 1 << 16, FBN_PANEL_TILE = 8 };
 
 /* Bytes below which a parallel region costs more than it saves; what is short enough for a panel, and where rows that
  * are not streamed share their coefficients; how many rows and elements make one worth it; columns of a tile, whose
@@ -183,11 +183,10 @@ static fbn_fetch fbn_choose_fetch(const fbn_geometry *g, const fbn_call *call, c
     if (g->family == FBN_COLS) {
         return FBN_FETCH_NOTHING;
     }
-    if (m->follows && plan->turn > 0) {
-        return FBN_FETCH_SOON; /* the turns interrupt the runs */
-    }
-    if (m->follows && plan->slab * fbn_channel_bytes(g, call->op) <= m->l2 / 4) {
-        return FBN_FETCH_NOTHING;
+    /* The hardware stops at the end of a page, and where turns interrupt it. */
+    if (m->follows && (plan->turn > 0 || plan->slab * fbn_channel_bytes(g, call->op) <= m->l2 / 4)) {
+        const bool pages = g->inner * fbn_dtype_size(g->dtype) >= FBN_RUN_BYTES;
+        return plan->turn > 0 || pages ? FBN_FETCH_SOON : FBN_FETCH_NOTHING;
     }
     /* The hardware's prefetcher loses its place at the end of every plane. Where a few images are read at a time, fetch
      * the next few, or as many more as it takes; of short planes, of which all images are read at once, the

@@ -35,22 +35,22 @@ typedef struct {
 } fbn_call;
 
 typedef struct {
-    int team;       /* 1 or call.threads */
-    int64_t slab;   /* the most channels reduced and applied together while in cache; 0: two sweeps over all */
-    int64_t slabs;  /* so many, as even as they can be, and as many for every thread */
-    int64_t grain;  /* each begins with a multiple of so many channels */
-    int64_t tile;   /* channels that one reduce step sums side by side */
-    int64_t panel;  /* as one row with coefficients for every place: rows: of tiny planes, cols: rows; 0: none */
-    int64_t side;   /* what one apply step covers: rows: neighbours, one run where they touch; cols: rows, or panels */
-    int64_t piece;  /* and so much of each: elements; rows in panels: images */
-    int64_t turn;   /* so many elements of a slab are applied after as many of the next are reduced; 0: no turns */
-    bool stream;    /* the output is written past the cache */
-    bool backwards; /* an apply walk starts where the reduce before it ended: least of it has left the cache */
-    int64_t ahead;  /* an apply prefetches what lies so many channels on; 0: nothing */
+    int team;        /* 1 or call.threads */
+    int64_t slab;    /* the most channels reduced and applied together while in cache; 0: two sweeps over all */
+    int64_t slabs;   /* so many, as even as they can be, and as many for every thread */
+    int64_t grain;   /* each begins with a multiple of so many channels */
+    int64_t tile;    /* channels that one reduce step sums side by side */
+    int64_t panel;   /* as one row with coefficients for every place: rows: of tiny planes, cols: rows; 0: none */
+    int64_t side;    /* what one apply step covers: rows: neighbours, one run where they touch; cols: rows, or panels */
+    int64_t piece;   /* and so much of each: elements; rows in panels: images */
+    int64_t turn;    /* so many elements of a slab are applied after as many of the next are reduced; 0: no turns */
+    bool stream;     /* the output is written past the cache */
+    bool backwards;  /* an apply walk starts where the reduce before it ended: least of it has left the cache */
+    int64_t ahead;   /* an apply prefetches what lies so many channels on; 0: nothing */
     fbn_fetch fetch; /* by a reduce */
 } fbn_plan;
 
-/* Bytes to prefetch over: by a reduce from plane to plane, within a run. */
+/* Bytes to prefetch over: by a reduce, by an apply within a run. */
 enum { FBN_REACH = 4096, FBN_SOON = 2048 };
 
 fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *machine);

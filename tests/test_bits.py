@@ -208,6 +208,7 @@ def test_a_machine_that_follows_runs():
         assert p["fetch"] == "soon"
         assert p["ahead"] == 0
     assert plan("forward", 64, 49)["fetch"] == "nothing", "nothing is streamed, and there are no turns"
+    assert plan("moments", 64, 56 * 56)["fetch"] == "soon", "planes of several pages"
     for inner, ahead in ((3136, 1), (112 * 112, 0)):
         p = plan("backward", 64, inner)
         assert p["fetch"] == "images", "a channel is more than a quarter of L2"

@@ -111,18 +111,30 @@ static inline void v_store_part_f64(double *p, v_f64 x, int n)
     _mm512_mask_storeu_pd(p + 8, (__mmask8)(m >> 8), x.b);
 }
 
-static inline v_f32 v_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+/* bfloat16 of 32 x 1024 x 14 x 14, whose planes end with 4 elements: statistics 1.20 -> 0.83 of a copy, by way of a
+ * buffer whose load waits for its stores. */
+#define V_PARTS_OF_HALVES
+static inline __m256i v_first_halves(const uint16_t *p, int n)
+{
+    return _mm256_maskz_loadu_epi16((__mmask16)v_first(n), p);
+}
+
+static inline v_f32 v_unpack_f16(__m256i h) { return _mm512_cvtph_ps(h); }
+static inline v_f32 v_load_f16(const uint16_t *p) { return v_unpack_f16(_mm256_loadu_si256((const __m256i *)p)); }
+static inline v_f32 v_load_part_f16(const uint16_t *p, int n) { return v_unpack_f16(v_first_halves(p, n)); }
 
 static inline __m256i v_pack_f16(v_f32 x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
 
 /* A permutation of words puts every one above a zero: widening and shifting in one. */
-static inline v_f32 v_load_bf16(const uint16_t *p)
+static inline v_f32 v_unpack_bf16(__m256i h)
 {
     const __m512i low = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5,
                                          4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-    __m512i h = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)p));
-    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, low, h));
+    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, low, _mm512_castsi256_si512(h)));
 }
+
+static inline v_f32 v_load_bf16(const uint16_t *p) { return v_unpack_bf16(_mm256_loadu_si256((const __m256i *)p)); }
+static inline v_f32 v_load_part_bf16(const uint16_t *p, int n) { return v_unpack_bf16(v_first_halves(p, n)); }
 
 /* By integers: the instruction of AVX512_BF16 flushes subnormals. The upper words of the sum are the result. */
 static inline __m256i v_pack_bf16(v_f32 x)
@@ -139,6 +151,17 @@ static inline __m256i v_pack_bf16(v_f32 x)
 
 static inline void v_store_f16(uint16_t *p, v_f32 x) { _mm256_storeu_si256((__m256i *)p, v_pack_f16(x)); }
 static inline void v_store_bf16(uint16_t *p, v_f32 x) { _mm256_storeu_si256((__m256i *)p, v_pack_bf16(x)); }
+
+static inline void v_store_part_f16(uint16_t *p, v_f32 x, int n)
+{
+    _mm256_mask_storeu_epi16(p, (__mmask16)v_first(n), v_pack_f16(x));
+}
+
+static inline void v_store_part_bf16(uint16_t *p, v_f32 x, int n)
+{
+    _mm256_mask_storeu_epi16(p, (__mmask16)v_first(n), v_pack_bf16(x));
+}
+
 static inline void v_stream_f16(uint16_t *p, v_f32 x) { _mm256_stream_si256((__m256i *)p, v_pack_f16(x)); }
 static inline void v_stream_bf16(uint16_t *p, v_f32 x) { _mm256_stream_si256((__m256i *)p, v_pack_bf16(x)); }
 

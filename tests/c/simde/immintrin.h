@@ -53,10 +53,13 @@ EMULATE_STREAM(stream_pd, double, __m512d)
     }
 EMULATE_MASKED(float, __m512, __mmask16, ps)
 EMULATE_MASKED(double, __m512d, __mmask8, pd)
+EMULATE_MASKED(uint16_t, __m256i, __mmask16, epi16)
 #define _mm512_maskz_loadu_ps emulate_maskz_loadu_ps
 #define _mm512_maskz_loadu_pd emulate_maskz_loadu_pd
 #define _mm512_mask_storeu_ps emulate_mask_storeu_ps
 #define _mm512_mask_storeu_pd emulate_mask_storeu_pd
+#define _mm256_maskz_loadu_epi16 emulate_maskz_loadu_epi16
+#define _mm256_mask_storeu_epi16 emulate_mask_storeu_epi16
 
 /* The wide conversions, as two or four of AVX2 and F16C. */
 static inline __m256 emulate_extractf32x8_ps(__m512 v, int which)
