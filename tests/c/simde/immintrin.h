@@ -97,36 +97,28 @@ static inline __m256i emulate_cvtps_ph(__m512 v, int rounding)
                             _mm256_cvtps_ph(half[0], _MM_FROUND_TO_NEAREST_INT));
 }
 
-static inline __m512i emulate_cvtepu16_epi32(__m256i h)
+/* Of a table that makes NaNs of `from` quiet and leaves all else as in `to`: SIMDe makes every NaN the same. */
+static inline __m512 emulate_fixupimm_ps(__m512 to, __m512 from, __m512i table, int flags)
 {
-    uint16_t narrow[16];
-    uint32_t wide[16];
-    __m512i r;
-    memcpy(narrow, &h, sizeof h);
+    enum { QUIET_NANS = 0x22 };
+    uint32_t r[16], x[16], what[16];
+    memcpy(r, &to, sizeof r);
+    memcpy(x, &from, sizeof x);
+    memcpy(what, &table, sizeof what);
     for (int i = 0; i < 16; i++) {
-        wide[i] = narrow[i];
+        if (what[i] != QUIET_NANS || flags != 0) {
+            __builtin_trap();
+        }
+        r[i] = (x[i] & 0x7fffffffu) > 0x7f800000u ? x[i] | 0x400000u : r[i];
     }
-    memcpy(&r, wide, sizeof r);
-    return r;
-}
-
-static inline __m256i emulate_cvtepi32_epi16(__m512i v)
-{
-    uint16_t narrow[16];
-    uint32_t wide[16];
-    __m256i r;
-    memcpy(wide, &v, sizeof v);
-    for (int i = 0; i < 16; i++) {
-        narrow[i] = (uint16_t)wide[i];
-    }
-    memcpy(&r, narrow, sizeof r);
-    return r;
+    memcpy(&to, r, sizeof to);
+    return to;
 }
 #define _mm512_extractf32x8_ps emulate_extractf32x8_ps
 #define _mm512_cvtps_pd emulate_cvtps_pd
 #define _mm512_cvtph_ps emulate_cvtph_ps
 #define _mm512_cvtps_ph emulate_cvtps_ph
-#define _mm512_cvtepu16_epi32 emulate_cvtepu16_epi32
-#define _mm512_cvtepi32_epi16 emulate_cvtepi32_epi16
+#undef _mm512_fixupimm_ps
+#define _mm512_fixupimm_ps emulate_fixupimm_ps
 
 #endif
