@@ -195,6 +195,15 @@ BUGS = [
     ),
     Bug(
         8,
+        "a turn that goes on in the row before",
+        "src_c/kernels/apply.inc",
+        "*place = (fbn_place){last, i};",
+        "*place = (fbn_place){row, i};",
+        "make native THOROUGHNESS=1",
+        "^FAILED normalize_some .*: scalar differs",
+    ),
+    Bug(
+        8,
         "turns that end early",
         "src_c/pass.c",
         "        fbn_walk_to_end(&walk);\n        fbn_combine",
