@@ -188,7 +188,7 @@ BUGS = [
         8,
         "a seam with the gate of one row",
         "src_c/kernels/apply.inc",
-        "FN(open_at)(p, end + shift + more, 16 - own, mode) << own",
+        "FN(open_at)(p, end + next_shift, 16 - own, mode) << own",
         "FN(open_at)(p, end + shift, 16 - own, mode) << own",
         "make native THOROUGHNESS=1",
         "^FAILED backward_apply_rows .*, gate, .*: scalar differs",

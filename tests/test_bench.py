@@ -436,6 +436,7 @@ def _machine(model, *, arithmetic=0.0, memory=0.0, write=0.0, call=0.0, channel=
     return model.Machine(
         l2=1 << 20,
         l3=32 << 20,
+        follows=False,
         known=tuple(sorted({1, threads})),
         kernels={(k, f): [arithmetic] * len(runs) for k in model.READS for f, runs in model.RUNS.items()},
         calls=dict.fromkeys(model.STEPS, (call, channel)),

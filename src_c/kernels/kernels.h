@@ -115,7 +115,7 @@ static inline int64_t fbn_lines_bytes(int64_t channels, int64_t inner, bool wide
     OP(normalize_rows, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                     \
     OP(normalize_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                     \
     /* Rows that are streamed, little by little: from a place on, and so many elements (a multiple of 16) or as many   \
-     * as are left of its run. */                                                                                               \
+     * as are left of its run. */                                                                                      \
     OP(normalize_some, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule, fbn_place *place, int64_t elements)) \
     /* sum dz and sum dz * (x - mean[c]) over the same blocks and rows as the moments */                               \
     OP(backward_reduce_rows,                                                                                           \
