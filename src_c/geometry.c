@@ -122,6 +122,7 @@ bool fbn_collapse(fbn_dtype dtype, int ndim, int channel_axis, const intptr_t *s
     return true;
 }
 
+/* Of numbers that are not negative. */
 static bool fbn_product(int64_t a, int64_t b, int64_t *out)
 {
     if ((a | b) > INT32_MAX && a != 0 && b > INT64_MAX / a) { /* a division only where it may matter */

@@ -198,7 +198,7 @@ typedef struct fbn_walk {
     int64_t pieces;      /* of each of a unit's neighbours: a unit has one of them */
     int64_t begin, end;  /* the units that are left */
     int64_t ready;       /* the channel that `panel` begins with */
-    int64_t each, owed;  /* elements of a step; and those that are to be applied by now */
+    int64_t each, owed;  /* elements of a step, or turn; and those that are to be applied by now */
     fbn_span span;       /* of a unit that is taken little by little, as far as `place`: where rows are left */
     fbn_coef k;
     fbn_place place;
@@ -346,35 +346,40 @@ static void fbn_walk_begin(fbn_walk *w, const fbn_pass *pass, const fbn_coefs *c
     units *= w->pieces;
     w->begin = fbn_part(units, part, parts);
     w->end = fbn_part(units, part + 1, parts);
-    w->each = w->step == fbn_apply_runs ? plan->turn : fbn_ceil_div(g->outer * channels * g->inner, fbn_max(units, 1));
+    const bool little = w->step == fbn_apply_runs && plan->turn > 0;
+    w->each = little ? plan->turn : fbn_ceil_div(g->outer * channels * g->inner, fbn_max(units, 1));
 }
 
-/* One step: a unit, or at most so many elements of one that is taken little by little. False where nothing is left.
- * Where the plan walks backwards, each part is walked from its end: what was read last is still in cache. */
-static bool fbn_walk_on(fbn_walk *w, int64_t most)
+/* One step: a unit, or about so many elements of one that is taken little by little. Returns its elements; 0: nothing
+ * was left. Where the plan walks backwards, each part is walked from its end: what was read last is still in cache. */
+static int64_t fbn_walk_on(fbn_walk *w, int64_t most)
 {
+    const int64_t before = w->place.row < w->span.rows ? w->place.done : 0;
     if (w->place.row == w->span.rows) {
         if (w->begin == w->end) {
-            return false;
+            return 0;
         }
         w->step(w, w->pass->plan.backwards ? --w->end : w->begin++);
+        if (w->place.row == w->span.rows) {
+            return w->each;
+        }
     }
-    if (w->place.row < w->span.rows) {
-        w->pass->kernels->normalize_some(&w->span, &w->k, w->pass->rule, &w->place, most);
-    }
-    return true;
+    w->pass->kernels->normalize_some(&w->span, &w->k, w->pass->rule, &w->place, most);
+    return w->place.done - before;
 }
 
 static void fbn_walk_to_end(fbn_walk *w)
 {
-    while (fbn_walk_on(w, INT64_MAX)) {
+    while (fbn_walk_on(w, INT64_MAX) > 0) {
     }
 }
 
 static void fbn_walk_turn(void *walk, int64_t elements)
 {
     fbn_walk *w = walk;
-    for (w->owed += elements; w->owed >= w->each && fbn_walk_on(w, w->each); w->owed -= w->each) {
+    w->owed += elements;
+    for (int64_t taken = 1; taken > 0 && w->owed >= w->each; w->owed -= taken) {
+        taken = fbn_walk_on(w, w->owed);
     }
 }
 

@@ -83,8 +83,8 @@ static int64_t fbn_channel_bytes(const fbn_geometry *g, fbn_op op)
     return g->outer * g->inner * fbn_dtype_size(g->dtype) * (op == FBN_PLAN_BACKWARD ? 2 : 1);
 }
 
-/* Slabs are small where the hardware follows runs: measured on 2 MB of L2, a quarter of it is 10 to 25 % slower than an
- * eighth, and half as slow as no prefetch. */
+/* Slabs are small where the hardware follows runs. With 2 MB of L2 a backward takes, in multiples of the copy, 2.36
+ * with slabs of half of it, 2.25 with a quarter, 2.12 with an eighth. */
 static void fbn_choose_slabs(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, fbn_plan *plan)
 {
     const int team = plan->team;

@@ -46,7 +46,7 @@ typedef struct {
     int64_t turn;    /* so many elements of a slab are applied after as many of the next are reduced; 0: no turns */
     bool stream;     /* the output is written past the cache */
     bool backwards;  /* an apply walk starts where the reduce before it ended: least of it has left the cache */
-    int64_t ahead;   /* an apply prefetches what lies so many channels on; 0: nothing */
+    int64_t ahead;   /* an apply prefetches what lies so many channels on; 0: what comes next in its run */
     fbn_fetch fetch; /* by a reduce */
 } fbn_plan;
 

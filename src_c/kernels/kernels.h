@@ -39,9 +39,9 @@ typedef struct {
 } fbn_gate_rule;
 
 /* How far a walk has come in the rows of a span that it takes little by little: begins as zeros, and ends with row ==
- * rows. `at` counts from where its run begins: rows that touch are one. */
+ * rows. `at` counts from where its run begins (rows that touch are one), `done` all elements behind it. */
 typedef struct {
-    int64_t row, at;
+    int64_t row, at, done;
 } fbn_place;
 
 /* Another walk's work, which a reduce does in between: it calls `take` after so many elements of its own. */
@@ -114,8 +114,8 @@ static inline int64_t fbn_lines_bytes(int64_t channels, int64_t inner, bool wide
     /* y = act((x - mean) * scale + shift + residual) */                                                               \
     OP(normalize_rows, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                     \
     OP(normalize_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                     \
-    /* Rows that are streamed, little by little: from a place on, and so many elements (a multiple of 16) or as many   \
-     * as are left of its run. */                                                                                      \
+    /* Rows that are streamed, little by little: from a place on, in whole vectors, about so many elements (at least   \
+     * 16) or all that is left. */                                                                                     \
     OP(normalize_some, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule, fbn_place *place, int64_t elements)) \
     /* sum dz and sum dz * (x - mean[c]) over the same blocks and rows as the moments */                               \
     OP(backward_reduce_rows,                                                                                           \

@@ -12,6 +12,7 @@
 #include "dispatch.h"
 #include "lanes.h"
 #include "simd/half.h"
+#include "turns.h"
 
 #include <float.h>
 #include <math.h>
@@ -245,7 +246,7 @@ RUN(normalize_cols, &c->span, &c->coef, c->rule)
 /* In pieces of all sizes; what is not streamed, and so the reference, at once. */
 static void run_normalize_some(const fbn_kernels *k, const call *c)
 {
-    fbn_place place = {0, 0};
+    fbn_place place = {0};
     if (!c->span.stream) {
         k->normalize_rows(&c->span, &c->coef, c->rule);
     }
@@ -796,5 +797,6 @@ int main(int argc, char **argv)
     check_catch_faults();
     check_halves(tiers, tier_count, seed, thoroughness);
     check_kernels(seed, thoroughness);
+    check_turns();
     return check_report();
 }

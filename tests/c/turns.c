@@ -1,0 +1,89 @@
+/* turns.c -- see turns.h. The linker lets the core ask for its kernels here, so that what a turn takes can be counted. */
+#include "turns.h"
+
+#include "check.h"
+#include "dispatch.h"
+#include "plan.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+const fbn_kernels *__real_fbn_kernels_for(fbn_dtype dtype);
+const fbn_kernels *__wrap_fbn_kernels_for(fbn_dtype dtype);
+
+static bool counting;
+static int64_t by_turns, afterwards;
+static fbn_kernels counted;
+
+static void count_some(const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule, fbn_place *place, int64_t elements)
+{
+    const int64_t before = place->done;
+    __real_fbn_kernels_for(FBN_F32)->normalize_some(s, k, rule, place, elements);
+    *(elements == INT64_MAX ? &afterwards : &by_turns) += place->done - before;
+}
+
+const fbn_kernels *__wrap_fbn_kernels_for(fbn_dtype dtype)
+{
+    const fbn_kernels *kernels = __real_fbn_kernels_for(dtype);
+    if (!counting) {
+        return kernels;
+    }
+    counted = *kernels;
+    counted.normalize_some = count_some;
+    return &counted;
+}
+
+static float *made(int64_t elements)
+{
+    float *p = aligned_alloc(64, (size_t)elements * sizeof *p);
+    for (int64_t i = 0; p != NULL && i < elements; i++) {
+        p[i] = (float)(i % 7);
+    }
+    return p;
+}
+
+static void check_shape(int64_t outer, int64_t channels, int64_t inner, int64_t gap, bool gated)
+{
+    const fbn_geometry g = {FBN_F32, FBN_ROWS, outer, channels, inner};
+    const fbn_call call = {FBN_PLAN_FORWARD, 1, gated, gap == 0};
+    const fbn_plan plan = fbn_make_plan(&g, &call, fbn_this_machine());
+    const int64_t next = inner + gap;
+    const int64_t elements = outer * channels * inner;
+    const fbn_tensor x = {made(outer * channels * next), channels * next, next};
+    const fbn_tensor residual = {made(elements), channels * inner, inner};
+    const fbn_tensor y = {made(elements), channels * inner, inner};
+    uint8_t *gate = malloc((size_t)fbn_gate_bytes(&g));
+    double *numbers = malloc(3 * (size_t)channels * sizeof *numbers);
+    fbn_moments moments = {0, numbers, numbers + channels, numbers + 2 * channels};
+    char name[80];
+    snprintf(name, sizeof name, "%d x %d x %d, gaps of %d%s", (int)outer, (int)channels, (int)inner, (int)gap,
+             gated ? ", gate" : "");
+    by_turns = afterwards = 0;
+    counting = true;
+    const fbn_status status = fbn_forward(&g, x, gated ? &residual : NULL, y, gated ? gate : NULL, &(fbn_affine){0},
+                                          (fbn_act){gated ? FBN_RELU : FBN_IDENTITY, 0.0}, 1, &moments);
+    counting = false;
+    check(status == FBN_OK && plan.turn > 0, "%s: no forward by turns", name);
+    check(by_turns + afterwards == elements, "%s: %lld elements are applied, not %lld", name,
+          (long long)(by_turns + afterwards), (long long)elements);
+    /* The last slab has no other to be applied beside. */
+    const int64_t most = elements - elements / plan.slabs;
+    check((double)by_turns >= 0.85 * (double)most, "%s: %lld elements by turns, of %lld", name, (long long)by_turns,
+          (long long)most);
+    free(x.data);
+    free(residual.data);
+    free(y.data);
+    free(gate);
+    free(numbers);
+}
+
+void check_turns(void)
+{
+    const int64_t shapes[][3] = {{32, 64, 784}, {32, 128, 256}, {64, 256, 64}, {8, 64, 4096}, {3, 48, 10000}};
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        const int64_t *s = shapes[i];
+        check_shape(s[0], s[1], s[2], 0, false);
+        check_shape(s[0], s[1], s[2], 16, false);
+        check_shape(s[0], s[1], s[2], 0, true);
+    }
+}
