@@ -914,6 +914,10 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
         memset(saved.mean_, 0, <size_t>(3 * channels) * sizeof(double))
         return y, saved
     stats.mean, stats.mean_lo, stats.m2 = saved.mean_, saved.mean_lo, saved.var_
+    result = y, saved
+    if layer is not None:
+        tracked, skipped = layer._tracked, layer._skipped
+        count, missed = tracked + 1, skipped + 1
     moved = arrange_forward(saved, x, residual, y, code, axis, channels, &geo)
     gate = gate_data(saved)
     if residual is not None:
@@ -924,11 +928,11 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
     check(status)
     finish(moved)
     saved.count = stats.count
-    result = y, saved
     if layer is not None:
-        tracked = layer._tracked + 1
-        if guard:
-            skipped = layer._skipped + 1
+        if layer._tracked is not tracked:  # an argument has code of its own, which has trained the layer meanwhile
+            count = layer._tracked + 1
+        if layer._skipped is not skipped:
+            missed = layer._skipped + 1
     # From here on nothing asks for memory, and no signal is handled: a counter moves together with the statistics.
     lock_numbers()
     saved.moved = update_running(running_mean, running_var, factor, &stats, channels, guard)
@@ -937,9 +941,9 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
         stats.m2[i] /= <double>stats.count
     if layer is not None:
         if saved.moved:
-            layer._tracked = tracked
+            layer._tracked = count
         else:
-            layer._skipped = skipped
+            layer._skipped = missed
     return result
 
 

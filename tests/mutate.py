@@ -413,7 +413,7 @@ BUGS = [
         17,
         "memory before the counter",
         "fastbn/_native.pyx",
-        "            layer._tracked = tracked\n",
+        "            layer._tracked = count\n",
         "            layer._tracked += 1\n",
         "test_memory.py::test_every_allocation_may_fail",
     ),

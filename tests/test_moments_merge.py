@@ -104,6 +104,13 @@ def test_moments_are_constant_copies():
     assert repr(m) == "Moments(count=3, mean=array([1., 2.]), m2=array([0., 1.]))"
 
 
+def test_what_is_computed_is_sealed():
+    """Seeded bug: arrays that are left writeable as they come from the kernels, or from a sum."""
+    x = np.random.default_rng(0).normal(size=(7, 3))
+    for m in (fastbn.moments(x), fastbn.moments(x[:0]), fastbn.moments(x[:3]) + fastbn.moments(x[3:])):
+        assert not any(getattr(m, name).flags.writeable for name in ("mean", "m2", "mean_lo"))
+
+
 @pytest.mark.parametrize("duplicate", [lambda m: pickle.loads(pickle.dumps(m)), copy.copy, copy.deepcopy])
 def test_moments_travel(duplicate):
     """Seeded bug: a pickle without mean_lo."""
