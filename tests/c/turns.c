@@ -1,4 +1,4 @@
-/* turns.c -- see turns.h. The linker lets the core ask for its kernels here, so that what a turn takes can be counted. */
+/* turns.c -- see turns.h. The linker lets the core ask for its kernels here, so that a turn can be counted. */
 #include "turns.h"
 
 #include "check.h"
