@@ -354,7 +354,6 @@ static void fbn_walk_begin(fbn_walk *w, const fbn_pass *pass, const fbn_coefs *c
  * was left. Where the plan walks backwards, each part is walked from its end: what was read last is still in cache. */
 static int64_t fbn_walk_on(fbn_walk *w, int64_t most)
 {
-    const int64_t before = w->place.row < w->span.rows ? w->place.done : 0;
     if (w->place.row == w->span.rows) {
         if (w->begin == w->end) {
             return 0;
@@ -364,6 +363,7 @@ static int64_t fbn_walk_on(fbn_walk *w, int64_t most)
             return w->each;
         }
     }
+    const int64_t before = w->place.done;
     w->pass->kernels->normalize_some(&w->span, &w->k, w->pass->rule, &w->place, most);
     return w->place.done - before;
 }

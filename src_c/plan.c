@@ -183,10 +183,12 @@ static fbn_fetch fbn_choose_fetch(const fbn_geometry *g, const fbn_call *call, c
     if (g->family == FBN_COLS) {
         return FBN_FETCH_NOTHING;
     }
-    /* The hardware stops at the end of a page, and where turns interrupt it. */
-    if (m->follows && (plan->turn > 0 || plan->slab * fbn_channel_bytes(g, call->op) <= m->l2 / 4)) {
-        const bool pages = g->inner * fbn_dtype_size(g->dtype) >= FBN_RUN_BYTES;
-        return plan->turn > 0 || pages ? FBN_FETCH_SOON : FBN_FETCH_NOTHING;
+    /* The hardware stops where turns interrupt it, and at the end of a page. */
+    if (m->follows && plan->turn > 0) {
+        return FBN_FETCH_SOON;
+    }
+    if (m->follows && plan->slab * fbn_channel_bytes(g, call->op) <= m->l2 / 4) {
+        return g->inner * fbn_dtype_size(g->dtype) >= FBN_RUN_BYTES ? FBN_FETCH_SOON : FBN_FETCH_NOTHING;
     }
     /* The hardware's prefetcher loses its place at the end of every plane. Where a few images are read at a time, fetch
      * the next few, or as many more as it takes; of short planes, of which all images are read at once, the

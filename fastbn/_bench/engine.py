@@ -25,7 +25,8 @@ MIN_ROUNDS = 7
 PATIENCE = 10
 FEWEST_ROUNDS = 3
 BATCH_SECONDS = 2e-4
-# A thread that sleeps on a virtual machine takes some 0.1 ms to come, and then a while to meet its caches again.
+# A thread that sleeps on a virtual machine takes some 0.1 ms to come, and then a while to meet its caches again; and
+# memory that the copy has streamed is not in the last-level cache before some calls have written it.
 WARM_SECONDS = 3e-3
 # A call that takes this long does not care what was before.
 LONG_SECONDS = 0.02
