@@ -128,7 +128,7 @@ static void fbn_reduce_strip(const fbn_pass *pass, fbn_partials *p, const double
         .gate_next = fbn_gate_words(g),
         .ahead = (planes * pass->x.outer_stride + channels * pass->x.channel_stride) * size + soon,
         .other_ahead = (planes * pass->other.outer_stride + channels * pass->other.channel_stride) * size + soon,
-        .turn = room->turn.take == NULL ? NULL : &room->turn,
+        .turn = room->turn.images == 0 ? NULL : &room->turn,
     };
     fbn_coef k = pass->backward ? fbn_coefs_at(coefs, first) : (fbn_coef){0};
     const fbn_kernels *kernels = pass->kernels;
@@ -198,10 +198,6 @@ typedef struct fbn_walk {
     int64_t pieces;      /* of each of a unit's neighbours: a unit has one of them */
     int64_t begin, end;  /* the units that are left */
     int64_t ready;       /* the channel that `panel` begins with */
-    int64_t each, owed;  /* elements of a step, or turn; and those that are to be applied by now */
-    fbn_span span;       /* of a unit that is taken little by little, as far as `place`: where rows are left */
-    fbn_coef k;
-    fbn_place place;
 } fbn_walk;
 
 /* Rows [row, row + rows) of `width` elements that begin at channel c, as one call of a cols kernel. With `panel`, a row
@@ -235,7 +231,7 @@ static void fbn_apply_block(const fbn_pass *pass, const fbn_coef *k, int64_t row
     }
 }
 
-/* Pieces of planes, or some neighbours' planes: a call costs as much as some short ones. By turns, it is only begun. */
+/* Pieces of planes, or some neighbours' planes: a call costs as much as some short ones. */
 static void fbn_apply_runs(fbn_walk *w, int64_t unit)
 {
     const fbn_pass *pass = w->pass;
@@ -265,11 +261,7 @@ static void fbn_apply_runs(fbn_walk *w, int64_t unit)
         .stream = pass->plan.stream,
     };
     fbn_coef k = fbn_coefs_at(w->coefs, c);
-    if (plan->turn > 0) {
-        w->span = span;
-        w->k = k;
-        w->place = (fbn_place){0};
-    } else if (pass->backward) {
+    if (pass->backward) {
         pass->kernels->backward_apply_rows(&span, &k, pass->rule);
     } else {
         pass->kernels->normalize_rows(&span, &k, pass->rule);
@@ -346,40 +338,13 @@ static void fbn_walk_begin(fbn_walk *w, const fbn_pass *pass, const fbn_coefs *c
     units *= w->pieces;
     w->begin = fbn_part(units, part, parts);
     w->end = fbn_part(units, part + 1, parts);
-    const bool little = w->step == fbn_apply_runs && plan->turn > 0;
-    w->each = little ? plan->turn : fbn_ceil_div(g->outer * channels * g->inner, fbn_max(units, 1));
 }
 
-/* One step: a unit, or about so many elements of one that is taken little by little. Returns its elements; 0: nothing
- * was left. Where the plan walks backwards, each part is walked from its end: what was read last is still in cache. */
-static int64_t fbn_walk_on(fbn_walk *w, int64_t most)
-{
-    if (w->place.row == w->span.rows) {
-        if (w->begin == w->end) {
-            return 0;
-        }
-        w->step(w, w->pass->plan.backwards ? --w->end : w->begin++);
-        if (w->place.row == w->span.rows) {
-            return w->each;
-        }
-    }
-    const int64_t before = w->place.done;
-    w->pass->kernels->normalize_some(&w->span, &w->k, w->pass->rule, &w->place, most);
-    return w->place.done - before;
-}
-
+/* Where the plan walks backwards, each part is walked from its end: what was read last is still in cache. */
 static void fbn_walk_to_end(fbn_walk *w)
 {
-    while (fbn_walk_on(w, INT64_MAX) > 0) {
-    }
-}
-
-static void fbn_walk_turn(void *walk, int64_t elements)
-{
-    fbn_walk *w = walk;
-    w->owed += elements;
-    for (int64_t taken = 1; taken > 0 && w->owed >= w->each; w->owed -= taken) {
-        taken = fbn_walk_on(w, w->owed);
+    while (w->begin < w->end) {
+        w->step(w, w->pass->plan.backwards ? --w->end : w->begin++);
     }
 }
 
@@ -488,6 +453,46 @@ static int64_t fbn_slab_at(const fbn_pass *pass, int64_t i)
     return fbn_min(fbn_part(grains, i, plan->slabs) * plan->grain, pass->g.channels);
 }
 
+/* Channels [first, last) of all images, as the slab that is normalized while the next is reduced. */
+static fbn_turn fbn_turn_of(const fbn_pass *pass, const fbn_coefs *coefs, int64_t first, int64_t last, int64_t ahead)
+{
+    const fbn_geometry *g = &pass->g;
+    int64_t size = fbn_dtype_size(g->dtype);
+    return (fbn_turn){
+        .span = {.x = fbn_at(&pass->x, size, 0, first, 0),
+                 .other = fbn_at(&pass->other, size, 0, first, 0),
+                 .y = fbn_at(&pass->y, size, 0, first, 0),
+                 .gate = fbn_gate_at(pass, 0, first),
+                 .x_stride = pass->x.channel_stride,
+                 .other_stride = pass->other.channel_stride,
+                 .y_stride = pass->y.channel_stride,
+                 .gate_stride = fbn_gate_words(g),
+                 .rows = last - first,
+                 .width = g->inner,
+                 .ahead = ahead > 0 ? ahead * pass->x.channel_stride * size : FBN_SOON,
+                 .stream = pass->plan.stream},
+        .k = fbn_coefs_at(coefs, first),
+        .rule = pass->rule,
+        .images = g->outer,
+        .x_image = pass->x.outer_stride,
+        .other_image = pass->other.outer_stride,
+        .y_image = pass->y.outer_stride,
+        .gate_image = fbn_gate_words(g) * g->channels,
+        .each = pass->plan.turn,
+        .beside = pass->plan.beside,
+    };
+}
+
+/* What is left of it, if there is one. */
+static void fbn_turn_to_end(const fbn_pass *pass, fbn_turn *turn)
+{
+    if (turn->images > 0) {
+        turn->owed = INT64_MAX;
+        pass->kernels->normalize_some(turn);
+        turn->images = 0;
+    }
+}
+
 void fbn_each_slab(fbn_work *w, const double *mean, const fbn_slab_steps *steps, void *context, int tid, int team)
 {
     const fbn_pass *pass = &w->pass;
@@ -496,28 +501,27 @@ void fbn_each_slab(fbn_work *w, const double *mean, const fbn_slab_steps *steps,
     const int64_t end = fbn_part(plan->slabs, tid + 1, team);
     const int64_t past = fbn_slab_at(pass, end);
     fbn_room *room = &w->rooms[tid];
-    fbn_coefs coefs[2]; /* the same arrays, but every slab's own flags */
-    fbn_walk walk = {0};
     for (int64_t s = begin; s < end; s++) {
         const int64_t first = fbn_slab_at(pass, s);
         const int64_t last = fbn_slab_at(pass, s + 1);
-        fbn_coefs *own = &coefs[s % 2];
-        *own = w->coefs;
+        const int64_t ahead = first + plan->ahead < past ? plan->ahead : 0;
+        fbn_coefs own = w->coefs; /* the same arrays, but every slab's own flags */
         if (steps->ready != NULL) {
-            steps->ready(context, own, first, last);
+            steps->ready(context, &own, first, last);
         }
-        room->turn = plan->turn > 0 && s > begin ? (fbn_turn){fbn_walk_turn, &walk} : (fbn_turn){NULL, NULL};
-        fbn_reduce(pass, &w->partials, mean, own, room, first, last, 0, 1);
-        fbn_walk_to_end(&walk);
+        fbn_reduce(pass, &w->partials, mean, &own, room, first, last, 0, 1);
+        fbn_turn_to_end(pass, &room->turn);
         fbn_combine(pass, &w->partials, first, last);
-        steps->settle(context, own, first, last);
-        fbn_walk_begin(&walk, pass, own, room, first, last, first + plan->ahead < past ? plan->ahead : 0, 0, 1);
-        if (plan->turn == 0) {
+        steps->settle(context, &own, first, last);
+        if (plan->turn > 0) {
+            room->turn = fbn_turn_of(pass, &own, first, last, ahead);
+        } else {
+            fbn_walk walk;
+            fbn_walk_begin(&walk, pass, &own, room, first, last, ahead, 0, 1);
             fbn_walk_to_end(&walk);
         }
     }
-    room->turn = (fbn_turn){NULL, NULL}; /* the walk ends here */
-    fbn_walk_to_end(&walk);
+    fbn_turn_to_end(pass, &room->turn);
     if (plan->stream) {
         pass->kernels->fence();
     }

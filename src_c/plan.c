@@ -40,9 +40,9 @@ const fbn_machine *fbn_this_machine(void) { return &fbn_machine_now; }
 int64_t fbn_dtype_size(fbn_dtype dtype) { return dtype == FBN_F64 ? 8 : dtype == FBN_F32 ? 4 : 2; }
 
 /* How much of a tensor one step of an apply walk covers: small enough to share, large enough to call a kernel for.
- * Elements of a run; bytes of rows; images of a panel. And where walks take turns, elements of a run and of a panel:
- * stores are to drain while the other reads. */
-enum { FBN_PIECE = 1 << 16, FBN_TURN = 1024, FBN_TURN_PANEL = 4096, FBN_ROWS_BYTES = 1 << 16, FBN_PANEL_TILE = 8 };
+ * Elements of a run; bytes of rows; images of a panel. And where walks take turns, elements: stores are to drain while
+ * the other reads, and the hardware is to follow its runs where it does. */
+enum { FBN_PIECE = 1 << 16, FBN_TURN = 4096, FBN_TURN_FOLLOWED = 1024, FBN_ROWS_BYTES = 1 << 16, FBN_PANEL_TILE = 8 };
 
 /* Bytes below which a parallel region costs more than it saves; what is short enough for a panel, and where rows that
  * are not streamed share their coefficients; how many rows and elements make one worth it; columns of a tile, whose
@@ -161,11 +161,8 @@ static void fbn_choose_step(const fbn_geometry *g, fbn_plan *plan)
         run = g->channels * fold;
         plan->side = fbn_clamp(FBN_ROWS_BYTES / (run * fbn_dtype_size(g->dtype)), 1, rows);
     } else if (plan->panel > 0) {
-        int64_t images = plan->turn > 0 ? FBN_TURN_PANEL / (plan->panel * g->inner)
-                         : parts > 1    ? FBN_PANEL_TILE
-                                        : g->outer;
         plan->side = plan->panel;
-        plan->piece = fbn_clamp(images, 1, g->outer);
+        plan->piece = fbn_clamp(parts > 1 ? FBN_PANEL_TILE : g->outer, 1, g->outer);
         return;
     } else {
         int64_t most = plan->slab != 0 ? plan->slab : g->channels;
@@ -214,7 +211,7 @@ static int64_t fbn_choose_ahead(const fbn_geometry *g, const fbn_call *call, con
 
 static fbn_plan fbn_plan_as(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, bool turns)
 {
-    fbn_plan plan = {.team = 1, .turn = turns ? FBN_TURN : 0};
+    fbn_plan plan = {.team = 1, .turn = !turns ? 0 : m->follows ? FBN_TURN_FOLLOWED : FBN_TURN};
     int64_t size = fbn_dtype_size(g->dtype);
     int64_t bytes = fbn_bytes(g);
     const bool large = fbn_large(g, m);
@@ -239,6 +236,8 @@ static fbn_plan fbn_plan_as(const fbn_geometry *g, const fbn_call *call, const f
      * they are long. */
     run = plan.panel > 0 ? FBN_CACHE_LINE : run;
     plan.stream = large && (run % FBN_CACHE_LINE == 0 || run >= FBN_PATCHED_BYTES);
+    /* Not measured where the hardware follows runs. Short planes are read down the images. */
+    plan.beside = turns && !m->follows && !fbn_short(g->inner);
     plan.backwards = fbn_two_phase(call->op) && !turns;
     plan.ahead = fbn_choose_ahead(g, call, m, &plan);
     plan.fetch = fbn_choose_fetch(g, call, m, &plan);
@@ -246,12 +245,12 @@ static fbn_plan fbn_plan_as(const fbn_geometry *g, const fbn_call *call, const f
 }
 
 /* Turns are worth their smaller slabs where stores are streamed, and where a thread has a slab to apply while it
- * reduces the next. */
+ * reduces the next. Panels take none. */
 fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m)
 {
     if (call->op == FBN_PLAN_FORWARD && fbn_large(g, m)) {
         const fbn_plan plan = fbn_plan_as(g, call, m, true);
-        if (plan.stream && plan.slabs > plan.team) {
+        if (plan.stream && plan.slabs > plan.team && plan.panel == 0) {
             return plan;
         }
     }

@@ -44,6 +44,7 @@ typedef struct {
     int64_t side;    /* what one apply step covers: rows: neighbours, one run where they touch; cols: rows, or panels */
     int64_t piece;   /* and so much of each: elements; rows in panels: images */
     int64_t turn;    /* so many elements of a slab are applied after as many of the next are reduced; 0: no turns */
+    bool beside;     /* with turns: side by side instead, where a kernel can */
     bool stream;     /* the output is written past the cache */
     bool backwards;  /* an apply walk starts where the reduce before it ended: least of it has left the cache */
     int64_t ahead;   /* an apply prefetches what lies so many channels on; 0: what comes next in its run */

@@ -204,7 +204,8 @@ def test_a_machine_that_follows_runs():
         assert plan("reduce", channels, inner)["fetch"] == plan("moments", channels, inner)["fetch"] == "nothing"
     for channels, inner in ((64, 112 * 112), (512, 784), (1024, 196), (2048, 49)):
         p = plan("forward", channels, inner)
-        assert p["turn"]
+        assert p["turn"] == 1024
+        assert not p["beside"], "not measured there"
         assert p["fetch"] == "soon"
         assert p["ahead"] == 0
     assert plan("forward", 64, 49)["fetch"] == "nothing", "nothing is streamed, and there are no turns"
@@ -226,7 +227,8 @@ def test_what_takes_turns():
 
     for channels, inner in ((64, 112 * 112), (512, 784), (1024, 196), (2048, 49)):
         p = plan("forward", channels, inner)
-        assert p["turn"]
+        assert p["turn"] == 4096
+        assert p["beside"] == (inner != 49), "short planes are read down the images"
         assert p["stream"]
         assert not p["backwards"]
         assert p["ahead"] == 2 * p["slab"]
@@ -235,9 +237,11 @@ def test_what_takes_turns():
         assert p["side"] * inner % 16 == 0
         p = plan("backward", channels, inner)
         assert not p["turn"]
+        assert not p["beside"]
         assert p["backwards"]
         assert p["ahead"] == p["slab"]
     assert not plan("forward", 64, 49)["turn"], "nothing is streamed"
+    assert not plan("forward", 4096, 9)["turn"], "panels"
     assert not plan("forward", 2048, 49, gated=True)["turn"], "runs of 196 bytes cannot be streamed"
     assert plan("forward", 512, 784, gated=True)["turn"]
     channel = 32 * 49 * 4
@@ -281,12 +285,12 @@ def test_what_an_apply_step_covers():
     sizes = itertools.product(["forward", "normalize"], [3, 500, 4096], [7, 49, 784, 3001, 65537])
     for op, channels, inner in sizes:
         p = _native.plan(op, "float32", "rows", 64, channels, inner, 2, machine=machine)
-        assert p["turn"] in (0, 1024)
+        assert p["turn"] in (0, 4096)
         if p["panel"]:
-            image = p["side"] * inner
             alone = p["slab"] > 0 or p["team"] == 1
             assert p["side"] == p["panel"]
-            assert p["piece"] == (4096 // image if p["turn"] else 64 if alone else 8)
+            assert not p["turn"]
+            assert p["piece"] == (64 if alone else 8)
         else:
             assert p["piece"] % 16 == 0
             assert p["side"] * min(p["piece"], inner) <= 1 << 16
@@ -321,7 +325,8 @@ def test_past_the_cache(planes, dtype, layout, rng):
     for op in ("forward", "normalize", "backward"):
         plan = partial(_native.plan, op, dtype.name, "rows" if axis == 1 else "cols", outer)
         assert plan(channels, inner, 2)["stream"]
-        assert (plan(channels, inner, 2)["turn"] > 0) == (op == "forward" and axis == 1)
+        panels = axis == 1 and inner * dtype.itemsize < 64
+        assert (plan(channels, inner, 2)["turn"] > 0) == (op == "forward" and axis == 1 and not panels)
         assert not plan(half, inner, 2)["stream"]
     parts = [slice(0, half), slice(half, channels)]
     few = [[np.ascontiguousarray(a[:, p] if axis == 1 else a[..., p]) for a in (x, grad_output)] for p in parts]

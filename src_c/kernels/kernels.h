@@ -38,18 +38,6 @@ typedef struct {
     double upper, negative;
 } fbn_gate_rule;
 
-/* How far a walk has come in the rows of a span that it takes little by little: begins as zeros, and ends with row ==
- * rows. `at` counts from where its run begins (rows that touch are one), `done` all elements behind it. */
-typedef struct {
-    int64_t row, at, done;
-} fbn_place;
-
-/* Another walk's work, which a reduce does in between: it calls `take` after so many elements of its own. */
-typedef struct {
-    void (*take)(void *of, int64_t elements);
-    void *of;
-} fbn_turn;
-
 /* What a step reads and writes. Strides in elements; those of the gate in 16-bit words. */
 typedef struct {
     const void *x, *other; /* other: the residual of normalize, dy of backward_apply */
@@ -60,9 +48,27 @@ typedef struct {
     int64_t x_next, other_next, gate_next; /* rows, sums: from a channel to its neighbour */
     int64_t ahead;                         /* bytes from x to what is wanted in cache next; 0 for nothing */
     int64_t other_ahead;
-    int stream;           /* write y past the cache */
-    const fbn_turn *turn; /* rows, sums: with whom to take turns, or NULL */
+    int stream;            /* write y past the cache */
+    struct fbn_turn *turn; /* rows, moments: what is normalized in between, or NULL */
 } fbn_span;
+
+/* How far a slab is normalized: begins as zeros, and ends with image == images. `at` counts from where a run begins
+ * (rows that touch are one). */
+typedef struct {
+    int64_t image, row, at;
+} fbn_place;
+
+/* A slab that is normalized and streamed while the moments of another are made. */
+typedef struct fbn_turn {
+    fbn_span span; /* the rows of the first image */
+    fbn_coef k;
+    fbn_gate_rule rule;
+    int64_t images, x_image, other_image, y_image, gate_image; /* strides from image to image, in units of the span's */
+    int64_t each;                                              /* elements of a turn */
+    int64_t owed;                                              /* so many are to be normalized by now */
+    int beside; /* not by turns but side by side, where a tier can and the slab is simple enough */
+    fbn_place place;
+} fbn_turn;
 
 /* n <= 16 bits of a gate from bit `at` on; what comes after them may be anything. */
 static inline unsigned fbn_gate_bits(const uint16_t *gate, int64_t at, int n)
@@ -114,9 +120,8 @@ static inline int64_t fbn_lines_bytes(int64_t channels, int64_t inner, bool wide
     /* y = act((x - mean) * scale + shift + residual) */                                                               \
     OP(normalize_rows, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                     \
     OP(normalize_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                     \
-    /* Rows that are streamed, little by little: from a place on, in whole vectors, about so many elements (at least   \
-     * 16) or all that is left. */                                                                                     \
-    OP(normalize_some, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule, fbn_place *place, int64_t elements)) \
+    /* What a turn owes, in whole vectors, or all that is left. */                                                     \
+    OP(normalize_some, (fbn_turn * turn))                                                                              \
     /* sum dz and sum dz * (x - mean[c]) over the same blocks and rows as the moments */                               \
     OP(backward_reduce_rows,                                                                                           \
        (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule, const fbn_blocks *blocks, int64_t first,             \

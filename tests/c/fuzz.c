@@ -175,7 +175,7 @@ static fbn_machine machine;
     SEEN(panels_of_rows, plan.panel > 0 && g->family == FBN_COLS)                                                      \
     SEEN(streams, plan.stream)                                                                                         \
     SEEN(turns, plan.turn > 0)                                                                                         \
-    SEEN(panels_in_turns, plan.panel > 0 && plan.turn > 0)                                                             \
+    SEEN(beside, plan.beside)                                                                                          \
     SEEN(teams_in_turns, plan.team > 1 && plan.turn > 0)                                                               \
     SEEN(ahead, plan.ahead > 0 && plan.ahead < g->channels)                                                            \
     SEEN(fetch_nothing, g->family == FBN_ROWS && plan.fetch == FBN_FETCH_NOTHING)                                      \

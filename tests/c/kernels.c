@@ -209,7 +209,7 @@ typedef struct {
     fbn_coef coef;
     fbn_gate_rule rule;
     int64_t first, last; /* of the rows family's blocks */
-    bool turns;          /* another walk runs in between */
+    bool turns;          /* a slab is normalized meanwhile */
     bool touching;       /* applied to: rows with nothing between them, in every tensor */
     fbn_blocks blocks;
     int64_t channels;
@@ -246,12 +246,13 @@ RUN(normalize_cols, &c->span, &c->coef, c->rule)
 /* In pieces of all sizes; what is not streamed, and so the reference, at once. */
 static void run_normalize_some(const fbn_kernels *k, const call *c)
 {
-    fbn_place place = {0};
+    fbn_turn turn = {.span = c->span, .k = c->coef, .rule = c->rule, .images = c->span.rows > 0};
     if (!c->span.stream) {
         k->normalize_rows(&c->span, &c->coef, c->rule);
     }
-    for (int64_t i = 1; c->span.stream && place.row < c->span.rows; i = i * 5 % 37) {
-        k->normalize_some(&c->span, &c->coef, c->rule, &place, 16 * i);
+    for (int64_t i = 1; c->span.stream && turn.place.image < turn.images; i = i * 5 % 37) {
+        turn.owed = 16 * i;
+        k->normalize_some(&turn);
     }
 }
 RUN(backward_reduce_rows, &c->span, &c->coef, c->rule, &c->blocks, c->first, c->last, c->channels, c->mean,
@@ -449,6 +450,87 @@ static void draw_coefs_call(call *c, int64_t channels, rng *r)
     output_add(c, uniform, false);
 }
 
+enum { TIERS = 4 };
+static const tier *tiers[TIERS]; /* the scalar one first */
+static int tier_count;
+
+static void *moved(const void *p, int64_t elements, int type)
+{
+    return p == NULL ? NULL : (char *)(uintptr_t)p + elements * (int64_t)size_of(type);
+}
+
+/* The slab that is normalized while a call makes moments. */
+enum {
+    SLAB_ROWS = 4,
+    SLAB_WIDTH = 300,
+    SLAB_GAP = 64,
+    SLAB_SIZE = SLAB_ROWS * SLAB_ROWS * (SLAB_WIDTH + SLAB_GAP) * 8
+};
+static struct {
+    _Alignas(64) char x[SLAB_SIZE], y[SLAB_SIZE], expected[SLAB_SIZE];
+    _Alignas(64) double coefs[3][SLAB_ROWS];
+    fbn_turn turn;
+    bool late; /* less was normalized beside a call than it summed */
+} slab;
+
+static void set_number(void *array, int type, int64_t i, int64_t number)
+{
+    const double value = (double)number / 16.0;
+    if (type == FBN_F64) {
+        ((double *)array)[i] = value;
+    } else if (type == FBN_F32) {
+        ((float *)array)[i] = (float)value;
+    } else {
+        ((uint16_t *)array)[i] = (uint16_t)(number * 97 % 0x3c00);
+    }
+}
+
+/* Its result by whole rows of the scalar tier, which other tests have looked at. */
+static void draw_slab(const call *c, rng *r)
+{
+    fbn_turn *t = &slab.turn;
+    const int64_t size = (int64_t)size_of((int)c->dtype);
+    const int64_t width = rng_one_in(r, 2) ? rng_between(r, 1, SLAB_WIDTH) : 16 * rng_between(r, 4, SLAB_WIDTH / 16);
+    const int64_t rows = rng_between(r, 1, SLAB_ROWS);
+    const int64_t x_stride = width + (rng_one_in(r, 4) ? rng_between(r, 1, 20) : 0);
+    const int64_t y_stride = width + (rng_one_in(r, 4) ? 64 - width % 64 : 0);
+    const int64_t y_image = y_stride * rows;
+    *t = (fbn_turn){
+        .span = {.x = slab.x,
+                 .y = slab.y + (rng_one_in(r, 4) ? 4 * size : 0),
+                 .x_stride = x_stride,
+                 .y_stride = y_stride,
+                 .rows = rows,
+                 .width = width,
+                 .ahead = rng_between(r, -100000, 100000),
+                 .stream = 1},
+        .k = {.neg_mean = slab.coefs[0], .scale = slab.coefs[1], .shift = slab.coefs[2]},
+        .rule = {(int)rng_below(r, FBN_ACTIVATION_COUNT), 6.0, 0.25},
+        .images = rng_between(r, 1, SLAB_ROWS),
+        .x_image = x_stride * rows + (rng_one_in(r, 4) ? 16 : 0),
+        .y_image = rng_one_in(r, 2) ? (y_image + 63) / 64 * 64 : y_image,
+        .each = 16 * rng_between(r, 1, 20),
+        .beside = rng_one_in(r, 2),
+    };
+    for (int64_t i = 0; i < SLAB_SIZE / size; i++) {
+        set_number(slab.x, (int)c->dtype, i, i * 37 % 101 - (size > 2 ? 50 : 0));
+    }
+    for (int64_t i = 0; i < SLAB_ROWS; i++) {
+        for (int k = 0; k < 3; k++) {
+            set_number(slab.coefs[k], c->dtype == FBN_F64 ? FBN_F64 : FBN_F32, i, i * 5 + k * 7 - 8);
+        }
+    }
+    memset(slab.y, 0xa5, sizeof slab.y);
+    for (int64_t image = 0; image < t->images; image++) {
+        fbn_span s = t->span;
+        s.x = moved(s.x, image * t->x_image, (int)c->dtype);
+        s.y = moved(s.y, image * t->y_image, (int)c->dtype);
+        s.stream = 0;
+        tiers[0]->kernels->of[c->dtype].normalize_rows(&s, &t->k, t->rule);
+    }
+    memcpy(slab.expected, slab.y, sizeof slab.y);
+}
+
 static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t width, place where, rng *r)
 {
     int type = (int)dtype;
@@ -504,6 +586,9 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
         c->last = rng_one_in(r, 2) ? c->blocks.count : rng_between(r, c->first, c->blocks.count);
         c->turns = rng_one_in(r, 2);
     }
+    if (c->turns) {
+        draw_slab(c, r);
+    }
     if (op->backward || (op->shape == APPLIES && rng_one_in(r, 2))) {
         c->other =
             matrix_make(&the_memory.other, type, rows, other_width, draw_stride(c, other_width, true, r), where, r);
@@ -552,10 +637,6 @@ static void describe(const call *c, char *text, size_t size)
 
 /* ---- the comparison ---- */
 
-enum { TIERS = 4 };
-static const tier *tiers[TIERS]; /* the scalar one first */
-static int tier_count;
-
 static void seal_inputs(const call *c, bool sealed)
 {
     const arena *inputs[] = {&the_memory.x, &the_memory.other, &the_memory.gate, &the_memory.means};
@@ -573,28 +654,22 @@ static void seal_inputs(const call *c, bool sealed)
     }
 }
 
-/* Another walk, which a reduce takes turns with: it uses the tier's registers for something else. */
-static int64_t turned;
-static void take_turn(void *of, int64_t elements)
-{
-    static _Alignas(64) char from[4096];
-    static _Alignas(64) char to[sizeof from];
-    const fbn_kernels *k = of;
-    k->copy(from, to, sizeof from);
-    turned += elements;
-}
-
-/* Blocks of whole channels: every element is counted, but for those of short planes that fill no whole step. */
-static bool turns_add_up(const call *c)
+/* Blocks of whole channels: as much as is summed, but for a step, and for short planes that fill no whole step. */
+static bool is_late(const call *c)
 {
     const fbn_span *s = &c->span;
+    const fbn_turn *t = &slab.turn;
     const bool all = c->first == 0 && c->last == c->blocks.count;
-    return !c->turns || !all || fbn_short(s->width) || turned >= s->rows * s->width * c->channels;
+    const int64_t done = turn_done(t);
+    const int64_t left = t->images * t->span.rows * t->span.width - done;
+    return all && !fbn_short(s->width) && left > 128 && done + t->owed < s->rows * s->width * c->channels;
 }
 
-static void *moved(const void *p, int64_t elements, int type)
+static void finish_slab(const call *c, const fbn_kernels *k)
 {
-    return p == NULL ? NULL : (char *)(uintptr_t)p + elements * (int64_t)size_of(type);
+    slab.late = is_late(c);
+    slab.turn.owed = INT64_MAX;
+    k->normalize_some(&slab.turn);
 }
 
 /* Of what is applied a row, and not past the cache; of what is summed a channel, or of columns a word of the gate. */
@@ -645,13 +720,17 @@ static void run_parts(const fbn_kernels *k, const call *c)
 static bool run(call *c, const tier *t, void (*how)(const fbn_kernels *, const call *), bool turns)
 {
     fbn_kernels kernels = t->kernels->of[c->dtype];
-    const fbn_turn turn = {take_turn, &kernels};
-    c->span.turn = turns ? &turn : NULL;
-    turned = 0;
+    c->span.turn = turns ? &slab.turn : NULL;
+    slab.turn.place = (fbn_place){0};
+    slab.turn.owed = 0;
+    memset(slab.y, 0xa5, turns ? sizeof slab.y : 0);
     for (int i = 0; i < c->output_count; i++) {
         output_reset(&c->outputs[i]);
     }
     const bool ran = CHECK_RUNS(how(&kernels, c));
+    if (turns && ran) {
+        finish_slab(c, &kernels);
+    }
     c->span.turn = NULL;
     return ran;
 }
@@ -682,7 +761,9 @@ static void compare_tiers(call *c)
         if (!check(run(c, tiers[t], c->op->run, c->turns), "%s: %s touches memory out of bounds", text, name)) {
             continue;
         }
-        check(turns_add_up(c), "%s: %s takes turns after %lld elements", text, name, (long long)turned);
+        check(!c->turns || !slab.late, "%s: %s normalizes less than it sums", text, name);
+        check(!c->turns || memcmp(slab.y, slab.expected, sizeof slab.y) == 0, "%s: %s normalizes wrongly meanwhile",
+              text, name);
         for (int i = 0; i < c->output_count; i++) {
             const output *o = &c->outputs[i];
             int64_t at = output_difference(o, nans_alike);
