@@ -492,8 +492,9 @@ static void draw_slab(const call *c, rng *r)
     const int64_t size = (int64_t)size_of((int)c->dtype);
     const int64_t width = rng_one_in(r, 2) ? rng_between(r, 1, SLAB_WIDTH) : 16 * rng_between(r, 4, SLAB_WIDTH / 16);
     const int64_t rows = rng_between(r, 1, SLAB_ROWS);
+    const int64_t line = FBN_LINE / size;
     const int64_t x_stride = width + (rng_one_in(r, 4) ? rng_between(r, 1, 20) : 0);
-    const int64_t y_stride = width + (rng_one_in(r, 4) ? 64 - width % 64 : 0);
+    const int64_t y_stride = width + (rng_one_in(r, 4) ? line - width % line : 0);
     const int64_t y_image = y_stride * rows;
     *t = (fbn_turn){
         .span = {.x = slab.x,
@@ -508,7 +509,7 @@ static void draw_slab(const call *c, rng *r)
         .rule = {(int)rng_below(r, FBN_ACTIVATION_COUNT), 6.0, 0.25},
         .images = rng_between(r, 1, SLAB_ROWS),
         .x_image = x_stride * rows + (rng_one_in(r, 4) ? 16 : 0),
-        .y_image = rng_one_in(r, 2) ? (y_image + 63) / 64 * 64 : y_image,
+        .y_image = rng_one_in(r, 2) ? (y_image + line - 1) / line * line : y_image,
         .each = 16 * rng_between(r, 1, 20),
         .beside = rng_one_in(r, 2),
     };
