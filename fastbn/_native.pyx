@@ -1442,8 +1442,8 @@ def plan(str op, str dtype, str family, outer, channels, inner, threads, gated=F
         m.follows = machine.get("follows", False)
     p = fbn_make_plan(&g, &call, &m)
     return {"team": p.team, "slab": p.slab, "slabs": p.slabs, "grain": p.grain, "tile": p.tile, "panel": p.panel,
-            "side": p.side, "piece": p.piece, "turn": p.turn, "beside": bool(p.beside), "ahead": p.ahead, "stream": bool(p.stream),
-            "backwards": bool(p.backwards), "fetch": _FETCHES[p.fetch]}
+            "side": p.side, "piece": p.piece, "turn": p.turn, "ahead": p.ahead, "stream": bool(p.stream),
+            "beside": bool(p.beside), "backwards": bool(p.backwards), "fetch": _FETCHES[p.fetch]}
 
 
 def copy(src, dst, int threads):

@@ -128,7 +128,7 @@ static void fbn_reduce_strip(const fbn_pass *pass, fbn_partials *p, const double
         .gate_next = fbn_gate_words(g),
         .ahead = (planes * pass->x.outer_stride + channels * pass->x.channel_stride) * size + soon,
         .other_ahead = (planes * pass->other.outer_stride + channels * pass->other.channel_stride) * size + soon,
-        .turn = room->turn.images == 0 ? NULL : &room->turn,
+        .turn = room->turn,
     };
     fbn_coef k = pass->backward ? fbn_coefs_at(coefs, first) : (fbn_coef){0};
     const fbn_kernels *kernels = pass->kernels;
@@ -484,12 +484,12 @@ static fbn_turn fbn_turn_of(const fbn_pass *pass, const fbn_coefs *coefs, int64_
 }
 
 /* What is left of it, if there is one. */
-static void fbn_turn_to_end(const fbn_pass *pass, fbn_turn *turn)
+static void fbn_turn_to_end(const fbn_pass *pass, fbn_room *room)
 {
-    if (turn->images > 0) {
-        turn->owed = INT64_MAX;
-        pass->kernels->normalize_some(turn);
-        turn->images = 0;
+    if (room->turn != NULL) {
+        room->turn->owed = INT64_MAX;
+        pass->kernels->normalize_some(room->turn);
+        room->turn = NULL;
     }
 }
 
@@ -501,6 +501,7 @@ void fbn_each_slab(fbn_work *w, const double *mean, const fbn_slab_steps *steps,
     const int64_t end = fbn_part(plan->slabs, tid + 1, team);
     const int64_t past = fbn_slab_at(pass, end);
     fbn_room *room = &w->rooms[tid];
+    fbn_turn turn; /* here, for a thread writes to it all the time */
     for (int64_t s = begin; s < end; s++) {
         const int64_t first = fbn_slab_at(pass, s);
         const int64_t last = fbn_slab_at(pass, s + 1);
@@ -510,18 +511,19 @@ void fbn_each_slab(fbn_work *w, const double *mean, const fbn_slab_steps *steps,
             steps->ready(context, &own, first, last);
         }
         fbn_reduce(pass, &w->partials, mean, &own, room, first, last, 0, 1);
-        fbn_turn_to_end(pass, &room->turn);
+        fbn_turn_to_end(pass, room);
         fbn_combine(pass, &w->partials, first, last);
         steps->settle(context, &own, first, last);
         if (plan->turn > 0) {
-            room->turn = fbn_turn_of(pass, &own, first, last, ahead);
+            turn = fbn_turn_of(pass, &own, first, last, ahead);
+            room->turn = &turn;
         } else {
             fbn_walk walk;
             fbn_walk_begin(&walk, pass, &own, room, first, last, ahead, 0, 1);
             fbn_walk_to_end(&walk);
         }
     }
-    fbn_turn_to_end(pass, &room->turn);
+    fbn_turn_to_end(pass, room);
     if (plan->stream) {
         pass->kernels->fence();
     }

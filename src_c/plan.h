@@ -41,7 +41,8 @@ typedef struct {
     int64_t grain;   /* each begins with a multiple of so many channels */
     int64_t tile;    /* channels that one reduce step sums side by side */
     int64_t panel;   /* as one row with coefficients for every place: rows: of tiny planes, cols: rows; 0: none */
-    int64_t side;    /* what one apply step covers: rows: neighbours, one run where they touch; cols: rows, or panels */
+    int64_t side;    /* what one apply step covers: rows: neighbours, one run where they touch; cols: rows, or panels.
+                      * With turns there are no such steps */
     int64_t piece;   /* and so much of each: elements; rows in panels: images */
     int64_t turn;    /* so many elements of a slab are applied after as many of the next are reduced; 0: no turns */
     bool beside;     /* with turns: side by side instead, where a kernel can */

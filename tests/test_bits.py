@@ -302,23 +302,25 @@ def test_what_an_apply_step_covers():
         assert p["side"] == 1 or 1 << 15 < p["side"] * channels * max(p["panel"], 1) * 4 <= 1 << 16
 
 
-@pytest.mark.parametrize("planes", ["long", "short", "tiny"])
+@pytest.mark.parametrize("planes", ["long", "even", "short", "tiny"])
 def test_past_the_cache(planes, dtype, layout, rng):
     """A tensor so large that results are streamed to memory, against its halves, which are small enough not to be.
 
-    Red where a slab is left before all of it is applied, what lies before a cache line is taken for one channel's, a
+    Red where a slab is left before all of it is applied, or goes on in the wrong image beside a sum, what lies before a cache line is taken for one channel's, a
     slab takes the next one's flags, or what lies off its alignment is streamed.
     """
     elements = _native.machine()["l2"] * 4 // dtype.itemsize
     shape = {
         "long": (3, 16, elements // 48 + 5),
+        "even": (32, (elements // (32 * 196) // 16 + 1) * 16, 196),
         "short": (32, (elements // (32 * 49) // 16 + 1) * 16, 49),
         "tiny": (32, elements // (32 * 25) // 2 * 2 + 3, 25),  # no image ends with a cache line
     }[planes]
     if elements > 1 << 25:
         pytest.skip("this machine's cache is so large that the test would take minutes")
     x, grad_output, _, axis, weight, bias = data(rng, layout, dtype, shape)
-    if dtype not in (np.float16, np.float64):  # channels that need a unit of their own beside such that do not
+    # Channels that need a unit of their own beside such that do not.
+    if dtype not in (np.float16, np.float64) and planes != "even":
         np.moveaxis(x, axis, 0)[::5] *= np.asarray(1e37, dtype)
     outer, channels, inner = shape if axis == 1 else (shape[0] * shape[2], shape[1], 1)
     half = channels // 2
@@ -327,6 +329,8 @@ def test_past_the_cache(planes, dtype, layout, rng):
         assert plan(channels, inner, 2)["stream"]
         panels = axis == 1 and inner * dtype.itemsize < 64
         assert (plan(channels, inner, 2)["turn"] > 0) == (op == "forward" and axis == 1 and not panels)
+        beside = op == "forward" and axis == 1 and planes in ("long", "even") and not _native.machine()["follows"]
+        assert plan(channels, inner, 2)["beside"] == beside
         assert not plan(half, inner, 2)["stream"]
     parts = [slice(0, half), slice(half, channels)]
     few = [[np.ascontiguousarray(a[:, p] if axis == 1 else a[..., p]) for a in (x, grad_output)] for p in parts]

@@ -120,7 +120,7 @@ static inline int64_t fbn_lines_bytes(int64_t channels, int64_t inner, bool wide
     /* y = act((x - mean) * scale + shift + residual) */                                                               \
     OP(normalize_rows, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                     \
     OP(normalize_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                     \
-    /* What a turn owes, in whole vectors, or all that is left. */                                                     \
+    /* About what a turn owes, or all that is left. */                                                                 \
     OP(normalize_some, (fbn_turn * turn))                                                                              \
     /* sum dz and sum dz * (x - mean[c]) over the same blocks and rows as the moments */                               \
     OP(backward_reduce_rows,                                                                                           \

@@ -7,6 +7,7 @@
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 const fbn_kernels *__real_fbn_kernels_for(fbn_dtype dtype);
 const fbn_kernels *__wrap_fbn_kernels_for(fbn_dtype dtype);
@@ -66,6 +67,16 @@ static void check_shape(int64_t outer, int64_t channels, int64_t inner, int64_t 
     counting = false;
     check(status == FBN_OK && plan.turn > 0, "%s: no forward by turns", name);
     const int64_t by_turns = elements - afterwards;
+    /* The same numbers from the statistics that it gave. */
+    for (int64_t c = 0; c < channels; c++) {
+        moments.m2[c] /= (double)moments.count;
+    }
+    const fbn_affine affine = {.mean = moments.mean, .mean_lo = moments.mean_lo, .var = moments.m2};
+    const fbn_tensor expected = {made(elements), channels * inner, inner};
+    fbn_normalize(&g, x, gated ? &residual : NULL, expected, gated ? gate : NULL, &affine,
+                  (fbn_act){gated ? FBN_RELU : FBN_IDENTITY, 0.0}, 1);
+    check(memcmp(y.data, expected.data, (size_t)elements * sizeof(float)) == 0, "%s: another result", name);
+    free(expected.data);
     /* The last slab has no other to be applied beside. */
     const int64_t most = elements - elements / plan.slabs;
     check((double)by_turns >= 0.85 * (double)most, "%s: %lld elements by turns, of %lld", name, (long long)by_turns,
@@ -79,11 +90,13 @@ static void check_shape(int64_t outer, int64_t channels, int64_t inner, int64_t 
 
 void check_turns(void)
 {
-    const int64_t shapes[][3] = {{32, 64, 784}, {32, 128, 256}, {64, 256, 64}, {8, 64, 4096}, {3, 48, 10000}};
+    const int64_t shapes[][3] = {{32, 64, 784}, {32, 128, 256},
+                                 {64, 256, 64}, {8, 64, 4096},  {3, 48, 10000}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         const int64_t *s = shapes[i];
         check_shape(s[0], s[1], s[2], 0, false);
         check_shape(s[0], s[1], s[2], 16, false);
         check_shape(s[0], s[1], s[2], 0, true);
     }
+    check_shape(32, 256, 196, 0, false); /* rows that end within a vector */
 }
