@@ -307,7 +307,7 @@ def test_past_the_cache(planes, dtype, layout, rng):
     """A tensor so large that results are streamed to memory, against its halves, which are small enough not to be.
 
     Red where a slab is left before all of it is applied, or goes on in the wrong image beside a sum, what lies before a
-    cache line is taken for one channel's, a slab takes the next one's flags, or what lies off its alignment is streamed.
+    cache line is taken for one channel's, a slab takes the next one's flags, or what lies off alignment is streamed.
     """
     elements = _native.machine()["l2"] * 4 // dtype.itemsize
     shape = {
