@@ -90,8 +90,7 @@ static void check_shape(int64_t outer, int64_t channels, int64_t inner, int64_t 
 
 void check_turns(void)
 {
-    const int64_t shapes[][3] = {{32, 64, 784}, {32, 128, 256},
-                                 {64, 256, 64}, {8, 64, 4096},  {3, 48, 10000}};
+    const int64_t shapes[][3] = {{32, 64, 784}, {32, 128, 256}, {64, 256, 64}, {8, 64, 4096}, {3, 48, 10000}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         const int64_t *s = shapes[i];
         check_shape(s[0], s[1], s[2], 0, false);
