@@ -98,8 +98,7 @@ cdef extern from "plan.h" nogil:
     ctypedef struct fbn_plan:
         int team
         int64_t slab, slabs, grain, tile, panel, side, piece, turn, ahead
-        bint stream, backwards, beside
-        int fetch
+        bint stream, backwards, beside, fetch
     fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *machine)
     void fbn_machine_init(bint follows)
     const fbn_machine *fbn_this_machine()
@@ -203,7 +202,6 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu")
 _OPS = ("moments", "forward", "normalize", "reduce", "backward", "apply")
 _FAMILIES = ("rows", "cols")
-_FETCHES = ("nothing", "images", "neighbours", "soon")
 
 cdef object _bf16_type = _bfloat16
 cdef dict _activation_kinds = {name: kind for kind, name in enumerate(ACTIVATIONS)}
@@ -1443,7 +1441,7 @@ def plan(str op, str dtype, str family, outer, channels, inner, threads, gated=F
     p = fbn_make_plan(&g, &call, &m)
     return {"team": p.team, "slab": p.slab, "slabs": p.slabs, "grain": p.grain, "tile": p.tile, "panel": p.panel,
             "side": p.side, "piece": p.piece, "turn": p.turn, "ahead": p.ahead, "stream": bool(p.stream),
-            "beside": bool(p.beside), "backwards": bool(p.backwards), "fetch": _FETCHES[p.fetch]}
+            "beside": bool(p.beside), "backwards": bool(p.backwards), "fetch": bool(p.fetch)}
 
 
 def copy(src, dst, int threads):

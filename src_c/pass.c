@@ -72,6 +72,14 @@ static int64_t fbn_strips(const fbn_pass *pass)
     return g->family == FBN_ROWS ? fbn_blocks_rows(g->outer, g->inner).strips : fbn_strips_cols(g->outer);
 }
 
+/* Elements of a channel before the i-th block. */
+static int64_t fbn_before_block(const fbn_geometry *g, const fbn_blocks *b, int64_t i)
+{
+    int64_t plane = fbn_min(i / b->pieces * b->planes, g->outer);
+    int64_t abreast = fbn_min(b->planes, g->outer - plane);
+    return plane * g->inner + abreast * (i % b->pieces * b->piece_len);
+}
+
 /* Elements of a channel in strips [from, to). */
 static double fbn_strips_count(const fbn_pass *pass, const fbn_blocks *b, int64_t strips, int64_t from, int64_t to)
 {
@@ -79,14 +87,8 @@ static double fbn_strips_count(const fbn_pass *pass, const fbn_blocks *b, int64_
     if (g->family == FBN_COLS) {
         return (double)(fbn_part(g->outer, to, strips) - fbn_part(g->outer, from, strips));
     }
-    int64_t first = fbn_part(b->count, from, strips);
-    int64_t last = fbn_part(b->count, to, strips);
-    if (b->pieces == 1) {
-        return (double)((fbn_min(last * b->planes, g->outer) - first * b->planes) * g->inner);
-    }
-    int64_t begin = first / b->pieces * g->inner + first % b->pieces * b->piece_len;
-    int64_t end = last / b->pieces * g->inner + last % b->pieces * b->piece_len;
-    return (double)(end - begin);
+    return (double)(fbn_before_block(g, b, fbn_part(b->count, to, strips)) -
+                    fbn_before_block(g, b, fbn_part(b->count, from, strips)));
 }
 
 /* Reduces one strip of channels [first, last). */
@@ -108,12 +110,7 @@ static void fbn_reduce_strip(const fbn_pass *pass, fbn_partials *p, const double
         begin = fbn_part(g->outer, strip, p->strips);
         end = fbn_part(g->outer, strip + 1, p->strips);
     }
-    const fbn_fetch fetch = pass->plan.fetch;
-    int64_t reach = fbn_ceil_div(FBN_REACH, (last - first) * g->inner * size);
-    int64_t planes =
-        fetch == FBN_FETCH_IMAGES ? fbn_clamp(reach, fbn_group(g->inner, fbn_is_wide(g->dtype)), FBN_REACH) : 0;
-    int64_t channels = fetch == FBN_FETCH_NEIGHBOURS ? last - first : 0;
-    int64_t soon = fetch == FBN_FETCH_SOON ? FBN_REACH : 0;
+    const int64_t soon = pass->plan.fetch ? FBN_SOON : 0;
     fbn_span span = {
         .x = fbn_at(&pass->x, size, rows ? 0 : begin, first, 0),
         .other = fbn_at(&pass->other, size, rows ? 0 : begin, first, 0),
@@ -126,8 +123,8 @@ static void fbn_reduce_strip(const fbn_pass *pass, fbn_partials *p, const double
         .x_next = pass->x.channel_stride,
         .other_next = pass->other.channel_stride,
         .gate_next = fbn_gate_words(g),
-        .ahead = (planes * pass->x.outer_stride + channels * pass->x.channel_stride) * size + soon,
-        .other_ahead = (planes * pass->other.outer_stride + channels * pass->other.channel_stride) * size + soon,
+        .ahead = soon,
+        .other_ahead = soon,
         .turn = room->turn,
     };
     fbn_coef k = pass->backward ? fbn_coefs_at(coefs, first) : (fbn_coef){0};

@@ -63,8 +63,12 @@ _Static_assert(FBN_TILE % 16 == 0, "a tile begins with a word of the gate");
 
 static int64_t fbn_bytes(const fbn_geometry *g) { return g->outer * g->channels * g->inner * fbn_dtype_size(g->dtype); }
 
-/* So much that L2 keeps little of it. */
-static bool fbn_large(const fbn_geometry *g, const fbn_machine *m) { return fbn_bytes(g) > m->l2 * 4; }
+/* So much is read and written that L2 keeps little of it. */
+static bool fbn_large(const fbn_geometry *g, fbn_op op, const fbn_machine *m)
+{
+    const int64_t tensors = op == FBN_PLAN_BACKWARD || op == FBN_PLAN_APPLY ? 3 : 2;
+    return fbn_bytes(g) * tensors > m->l2 * 8;
+}
 
 static bool fbn_two_phase(fbn_op op) { return op == FBN_PLAN_FORWARD || op == FBN_PLAN_BACKWARD; }
 
@@ -173,36 +177,23 @@ static void fbn_choose_step(const fbn_geometry *g, fbn_plan *plan)
     plan->piece = fbn_ceil_div(fbn_ceil_div(run, fbn_ceil_div(run, FBN_PIECE)), 16) * 16;
 }
 
-static fbn_fetch fbn_choose_fetch(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m,
-                                  const fbn_plan *plan)
+/* What stays in cache comes faster without prefetches; and so does what the hardware fetches by itself: long runs, but
+ * for those that turns interrupt, where it follows runs, and elsewhere short planes by turns, of which many images are
+ * read abreast. */
+static bool fbn_choose_fetch(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, const fbn_plan *plan)
 {
-    const bool backward = call->op == FBN_PLAN_BACKWARD || call->op == FBN_PLAN_REDUCE;
-    if (g->family == FBN_COLS) {
-        return FBN_FETCH_NOTHING;
+    const bool turns = plan->turn > 0;
+    if (g->family == FBN_COLS || !fbn_large(g, call->op, m)) {
+        return false;
     }
-    /* The hardware stops where turns interrupt it, and at the end of a page. */
-    if (m->follows && plan->turn > 0) {
-        return FBN_FETCH_SOON;
-    }
-    if (m->follows && plan->slab * fbn_channel_bytes(g, call->op) <= m->l2 / 4) {
-        return g->inner * fbn_dtype_size(g->dtype) >= FBN_RUN_BYTES ? FBN_FETCH_SOON : FBN_FETCH_NOTHING;
-    }
-    /* The hardware's prefetcher loses its place at the end of every plane. Where a few images are read at a time, fetch
-     * the next few, or as many more as it takes; of short planes, of which all images are read at once, the
-     * neighbours. A gate's words begin with every plane. */
-    if (!fbn_short(g->inner) || (backward && call->gated)) {
-        return FBN_FETCH_IMAGES;
-    }
-    /* The apply before it has fetched a slab of short planes into L2; longer planes are fetched all the same, plane by
-     * plane: that is for L1. */
-    return plan->ahead > 0 && plan->turn == 0 && !call->gated ? FBN_FETCH_NOTHING : FBN_FETCH_NEIGHBOURS;
+    return m->follows ? turns || g->inner * fbn_dtype_size(g->dtype) >= FBN_RUN_BYTES : !turns || !fbn_short(g->inner);
 }
 
 /* What the apply of a slab fetches, while its stores wait for memory: by turns, the next is being read already. */
 static int64_t fbn_choose_ahead(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, const fbn_plan *plan)
 {
     const bool turns = plan->turn > 0;
-    if (plan->slab == 0 || !fbn_large(g, m) ||
+    if (plan->slab == 0 || !fbn_large(g, call->op, m) ||
         (m->follows && (turns || plan->slab * fbn_channel_bytes(g, call->op) > m->l2))) {
         return 0;
     }
@@ -214,7 +205,7 @@ static fbn_plan fbn_plan_as(const fbn_geometry *g, const fbn_call *call, const f
     fbn_plan plan = {.team = 1, .turn = !turns ? 0 : m->follows ? FBN_TURN_FOLLOWED : FBN_TURN};
     int64_t size = fbn_dtype_size(g->dtype);
     int64_t bytes = fbn_bytes(g);
-    const bool large = fbn_large(g, m);
+    const bool large = fbn_large(g, call->op, m);
     if (call->threads > 1 && bytes >= FBN_SERIAL_BYTES) {
         plan.team = call->threads;
     }
@@ -248,7 +239,7 @@ static fbn_plan fbn_plan_as(const fbn_geometry *g, const fbn_call *call, const f
  * reduces the next. Panels take none. */
 fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m)
 {
-    if (call->op == FBN_PLAN_FORWARD && fbn_large(g, m)) {
+    if (call->op == FBN_PLAN_FORWARD && fbn_large(g, call->op, m)) {
         const fbn_plan plan = fbn_plan_as(g, call, m, true);
         if (plan.stream && plan.slabs > plan.team && plan.panel == 0) {
             return plan;

@@ -22,10 +22,6 @@ typedef struct {
     bool follows;   /* its own prefetchers keep up with long runs: those of a program take up their places */
 } fbn_machine;
 
-/* What a reduce of rows prefetches: nothing, the images below, the same image of the next tile, or what comes soon in
- * the run. */
-typedef enum { FBN_FETCH_NOTHING, FBN_FETCH_IMAGES, FBN_FETCH_NEIGHBOURS, FBN_FETCH_SOON } fbn_fetch;
-
 /* What the plan must know of a call beside its geometry. */
 typedef struct {
     fbn_op op;
@@ -49,11 +45,11 @@ typedef struct {
     bool stream;     /* the output is written past the cache */
     bool backwards;  /* an apply walk starts where the reduce before it ended: least of it has left the cache */
     int64_t ahead;   /* an apply prefetches what lies so many channels on; 0: what comes next in its run */
-    fbn_fetch fetch; /* by a reduce */
+    bool fetch;      /* a reduce prefetches what comes next in its runs */
 } fbn_plan;
 
-/* Bytes to prefetch over: by a reduce, by an apply within a run. */
-enum { FBN_REACH = 4096, FBN_SOON = 2048 };
+/* So many bytes on is what comes next in a run. */
+enum { FBN_SOON = 2048 };
 
 fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *machine);
 

@@ -111,10 +111,14 @@ static inline void fbn_backward_of(fbn_channel_coef *c, double mean, double lo, 
 /* A pivot must not turn finite neighbours into NaN. */
 static inline double fbn_pivot(double x) { return isfinite(x) ? x : 0.0; }
 
-/* The blocks of a channel in the rows family: whole planes together where a plane is short, even pieces of a plane
- * where it is long. They follow from the channel's geometry alone: never from threads, caches,
- * the ISA or the number of its neighbours. */
-enum { FBN_BLOCK = 4096, FBN_BLOCK_ROWS = 1024, FBN_STRIP_ROWS = 768, FBN_STRIPS = 128 };
+/* The blocks of a channel in the rows family: the same piece of a few planes, which is all of them where they are not
+ * long. They follow from the channel's geometry alone: never from threads, caches, the ISA or the number of its
+ * neighbours. */
+enum { FBN_BLOCK = 16384, FBN_PIECE_MOST = 4096, FBN_BLOCK_ROWS = 1024, FBN_STRIP_ROWS = 768, FBN_STRIPS = 128 };
+
+/* So many planes of a channel are summed abreast, a vector of each at a time: memory gives more to several runs than
+ * to one. */
+enum { FBN_ABREAST = 4 };
 
 /* Planes that are summed down the images before across: long enough for a channel to fill a vector, and so short that
  * the ends of planes would cost more. */
@@ -127,8 +131,8 @@ enum { FBN_LINE = 64 };
 static inline bool fbn_joins(int64_t width, int64_t size) { return width >= 16 && width * size >= FBN_LINE; }
 
 typedef struct {
-    int64_t planes;    /* planes in a block, where pieces is 1 */
-    int64_t pieces;    /* blocks in a plane, where planes is 1 */
+    int64_t planes;    /* of a block: a multiple of FBN_ABREAST, if there are so many */
+    int64_t pieces;    /* of a plane */
     int64_t piece_len; /* elements of a piece: a multiple of 16, but for the last */
     int64_t count;     /* blocks in a channel */
     int64_t strips;    /* runs of blocks that may go to different threads */
@@ -145,12 +149,12 @@ static inline int64_t fbn_clamp(int64_t x, int64_t low, int64_t high) { return x
 static inline fbn_blocks fbn_blocks_rows(int64_t outer, int64_t inner)
 {
     fbn_blocks b;
-    b.pieces = fbn_ceil_div(inner, FBN_BLOCK);
+    b.pieces = fbn_ceil_div(inner, FBN_PIECE_MOST);
     b.piece_len = fbn_ceil_div(fbn_ceil_div(inner, b.pieces), 16) * 16;
     b.pieces = fbn_ceil_div(inner, b.piece_len);
-    b.planes = b.pieces > 1 ? 1 : fbn_clamp(FBN_BLOCK / inner, 1, outer);
+    b.planes = fbn_clamp(FBN_BLOCK / FBN_ABREAST / b.piece_len * FBN_ABREAST, 1, outer);
     b.count = fbn_ceil_div(outer, b.planes) * b.pieces;
-    b.strips = fbn_clamp(b.count / 4, 1, FBN_STRIPS);
+    b.strips = fbn_min(b.count, FBN_STRIPS);
     return b;
 }
 

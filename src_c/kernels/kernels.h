@@ -87,13 +87,8 @@ static inline const void *fbn_ahead(const void *p, int64_t bytes)
     return (const void *)((uintptr_t)p + (uintptr_t)bytes);
 }
 
-/* Sums of longer planes, or of planes that have a gate: so many planes of a channel at a time, then of its neighbour.
- */
-enum { FBN_STRETCH = 512, FBN_STRETCH_WIDE = 128, FBN_GROUP = 8 };
-static inline int64_t fbn_group(int64_t inner, bool wide)
-{
-    return fbn_clamp((wide ? FBN_STRETCH_WIDE : FBN_STRETCH) / (inner / 16 * 16 + 16), 1, FBN_GROUP);
-}
+/* Elements of a stretch, which is summed in the arithmetic of the data. */
+enum { FBN_STRETCH = 512, FBN_STRETCH_WIDE = 128 };
 
 /* `tile`: memory, aligned for any type, that a kernel of sums works in: fbn_columns_bytes(width) of it, or
  * fbn_lines_bytes(channels, elements of a plane, whether the arithmetic is float64) in the rows family. An odd step

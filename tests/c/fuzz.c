@@ -178,15 +178,8 @@ static fbn_machine machine;
     SEEN(beside, plan.beside)                                                                                          \
     SEEN(teams_in_turns, plan.team > 1 && plan.turn > 0)                                                               \
     SEEN(ahead, plan.ahead > 0 && plan.ahead < g->channels)                                                            \
-    SEEN(fetch_nothing, g->family == FBN_ROWS && plan.fetch == FBN_FETCH_NOTHING)                                      \
-    SEEN(fetch_images, plan.fetch == FBN_FETCH_IMAGES)                                                                 \
-    SEEN(fetch_neighbours, plan.fetch == FBN_FETCH_NEIGHBOURS)                                                         \
-    SEEN(fetch_soon, plan.fetch == FBN_FETCH_SOON)
-#define COUNT(what, condition) long what;
-static struct {
-    long plans;
-    DECISIONS(COUNT)
-} seen;
+    SEEN(fetches, plan.fetch)                                                                                          \
+    SEEN(fetches_nothing, g->family == FBN_ROWS && !plan.fetch)
 
 fbn_plan __real_fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m);
 fbn_plan __wrap_fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m);
