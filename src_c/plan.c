@@ -63,11 +63,32 @@ _Static_assert(FBN_TILE % 16 == 0, "a tile begins with a word of the gate");
 
 static int64_t fbn_bytes(const fbn_geometry *g) { return g->outer * g->channels * g->inner * fbn_dtype_size(g->dtype); }
 
-/* So much is read and written that L2 keeps little of it. */
-static bool fbn_large(const fbn_geometry *g, fbn_op op, const fbn_machine *m)
+/* Bytes of all that a call reads and writes. */
+static int64_t fbn_traffic(const fbn_geometry *g, fbn_op op)
 {
-    const int64_t tensors = op == FBN_PLAN_BACKWARD || op == FBN_PLAN_APPLY ? 3 : 2;
-    return fbn_bytes(g) * tensors > m->l2 * 8;
+    switch (op) {
+    case FBN_PLAN_MOMENTS:
+        return fbn_bytes(g);
+    case FBN_PLAN_BACKWARD:
+    case FBN_PLAN_APPLY:
+        return fbn_bytes(g) * 3;
+    default:
+        return fbn_bytes(g) * 2;
+    }
+}
+
+static int fbn_choose_team(const fbn_geometry *g, const fbn_call *call)
+{
+    return fbn_bytes(g) >= FBN_SERIAL_BYTES ? call->threads : 1;
+}
+
+/* So much that the caches keep little of it: the last level may be the neighbours', too. A single sweep has more use for
+ * what it keeps than one whose first sweep has read all. The team's share is not measured where hardware follows runs. */
+static bool fbn_large(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m)
+{
+    const int64_t share = m->l2 * (call->op == FBN_PLAN_NORMALIZE && !m->follows ? 16 : 8);
+    const int64_t kept = share * (m->follows ? 1 : fbn_choose_team(g, call));
+    return fbn_traffic(g, call->op) > fbn_min(kept, m->l3);
 }
 
 static bool fbn_two_phase(fbn_op op) { return op == FBN_PLAN_FORWARD || op == FBN_PLAN_BACKWARD; }
@@ -177,23 +198,26 @@ static void fbn_choose_step(const fbn_geometry *g, fbn_plan *plan)
     plan->piece = fbn_ceil_div(fbn_ceil_div(run, fbn_ceil_div(run, FBN_PIECE)), 16) * 16;
 }
 
-/* What stays in cache comes faster without prefetches; and so does what the hardware fetches by itself: long runs, but
- * for those that turns interrupt, where it follows runs, and elsewhere short planes by turns, of which many images are
- * read abreast. */
+/* What the last-level cache holds comes faster without prefetches; and so does what the hardware fetches by itself. Where
+ * it follows runs, these are the long ones, but for those that turns interrupt; elsewhere short planes by turns, of
+ * which many images are read abreast. */
 static bool fbn_choose_fetch(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, const fbn_plan *plan)
 {
     const bool turns = plan->turn > 0;
-    if (g->family == FBN_COLS || !fbn_large(g, call->op, m)) {
+    if (g->family == FBN_COLS || !fbn_large(g, call, m)) {
         return false;
     }
-    return m->follows ? turns || g->inner * fbn_dtype_size(g->dtype) >= FBN_RUN_BYTES : !turns || !fbn_short(g->inner);
+    if (m->follows) {
+        return turns || g->inner * fbn_dtype_size(g->dtype) >= FBN_RUN_BYTES;
+    }
+    return fbn_traffic(g, call->op) > m->l3 && !(turns && fbn_short(g->inner));
 }
 
 /* What the apply of a slab fetches, while its stores wait for memory: by turns, the next is being read already. */
 static int64_t fbn_choose_ahead(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, const fbn_plan *plan)
 {
     const bool turns = plan->turn > 0;
-    if (plan->slab == 0 || !fbn_large(g, call->op, m) ||
+    if (plan->slab == 0 || !fbn_large(g, call, m) ||
         (m->follows && (turns || plan->slab * fbn_channel_bytes(g, call->op) > m->l2))) {
         return 0;
     }
@@ -202,13 +226,9 @@ static int64_t fbn_choose_ahead(const fbn_geometry *g, const fbn_call *call, con
 
 static fbn_plan fbn_plan_as(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, bool turns)
 {
-    fbn_plan plan = {.team = 1, .turn = !turns ? 0 : m->follows ? FBN_TURN_FOLLOWED : FBN_TURN};
+    fbn_plan plan = {.team = fbn_choose_team(g, call), .turn = !turns ? 0 : m->follows ? FBN_TURN_FOLLOWED : FBN_TURN};
     int64_t size = fbn_dtype_size(g->dtype);
-    int64_t bytes = fbn_bytes(g);
-    const bool large = fbn_large(g, call->op, m);
-    if (call->threads > 1 && bytes >= FBN_SERIAL_BYTES) {
-        plan.team = call->threads;
-    }
+    const bool large = fbn_large(g, call, m);
     if (fbn_two_phase(call->op)) {
         fbn_choose_slabs(g, call, m, &plan);
     }
@@ -239,7 +259,7 @@ static fbn_plan fbn_plan_as(const fbn_geometry *g, const fbn_call *call, const f
  * reduces the next. Panels take none. */
 fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m)
 {
-    if (call->op == FBN_PLAN_FORWARD && fbn_large(g, call->op, m)) {
+    if (call->op == FBN_PLAN_FORWARD && fbn_large(g, call, m)) {
         const fbn_plan plan = fbn_plan_as(g, call, m, true);
         if (plan.stream && plan.slabs > plan.team && plan.panel == 0) {
             return plan;

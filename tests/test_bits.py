@@ -177,22 +177,33 @@ def test_what_a_reduce_reads_at_a_time():
         assert tile % 16 == 0
         assert strips * -(-2048 // tile) >= threads
     for op, inner in itertools.product(("moments", "forward", "backward", "reduce"), (49, 784)):
-        assert plan(op, "rows", 32, 2048, inner)["fetch"] == (op != "forward" or inner != 49)
-    assert not plan("backward", "rows", 32, 64, 49)["fetch"], "it is in cache"
+        assert plan(op, "rows", 128, 2048, inner)["fetch"] == (op != "forward" or inner != 49)
+    for channels, fetch in ((1747, False), (1748, True)):
+        assert plan("backward", "rows", 32, channels, 50)["fetch"] == fetch, "the last level has 32 MB"
     assert not plan("backward", "cols", 1568, 2048, 1)["fetch"]
 
 
-def test_what_is_large():
-    """A call that reads and writes more than eight times L2. Red where a backward counts for two tensors."""
+def test_what_is_streamed():
+    """A result of a call that reads and writes more than the caches keep. Red where a backward counts for two tensors,
+    the share of a thread for that of the team, or a single sweep for two; or the last-level cache for endless.
+    """
+    l2, l3 = 1 << 20, 100 << 20
 
-    def plan(op, channels):
-        machine = {"l2": 1 << 20, "l3": 32 << 20}
-        return _native.plan(op, "float32", "rows", 32, channels, 1024, 1, machine=machine)
+    def streams(op, bytes_, threads=1, l3=l3, **machine):
+        channels = 64
+        images = bytes_ // (channels * 1024 * 4)
+        machine = {"l2": l2, "l3": l3, **machine}
+        return _native.plan(op, "float32", "rows", images, channels, 1024, threads, machine=machine)["stream"]
 
-    for op, tensors in (("forward", 2), ("normalize", 2), ("backward", 3), ("apply", 3)):
-        channels = (8 << 20) // (32 * 1024 * 4 * tensors)
-        assert not plan(op, channels)["stream"]
-        assert plan(op, channels + 1)["stream"]
+    image = 64 * 1024 * 4
+    for op, tensors, times in (("forward", 2, 8), ("normalize", 2, 16), ("backward", 3, 8), ("apply", 3, 8)):
+        for threads in (1, 2, 4):
+            most = times * l2 * threads // tensors // image * image
+            assert not streams(op, most, threads)
+            assert streams(op, most + image, threads)
+            most = 8 * l2 // tensors // image * image
+            assert streams(op, most + image, threads, follows=True), "as measured with a thread"
+            assert streams(op, most + image, threads, l3=8 * l2), "what is too much for the last level"
 
 
 def test_a_machine_that_follows_runs():
