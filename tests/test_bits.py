@@ -177,7 +177,7 @@ def test_what_a_reduce_reads_at_a_time():
         assert tile % 16 == 0
         assert strips * -(-2048 // tile) >= threads
     for op, inner in itertools.product(("moments", "forward", "backward", "reduce"), (49, 784)):
-        assert plan(op, "rows", 128, 2048, inner)["fetch"] == (op != "forward" or inner != 49)
+        assert plan(op, "rows", 32, 8192, inner)["fetch"] == (op != "forward" or inner != 49)
     for channels, fetch in ((1747, False), (1748, True)):
         assert plan("backward", "rows", 32, channels, 50)["fetch"] == fetch, "the last level has 32 MB"
     assert not plan("backward", "cols", 1568, 2048, 1)["fetch"]
