@@ -124,8 +124,8 @@ BUGS = [
         4,
         "a smaller team",
         "src_c/plan.c",
-        "plan.team = call->threads;",
-        "plan.team = (int)fbn_clamp(bytes / FBN_SERIAL_BYTES, 1, call->threads);",
+        "return fbn_bytes(g) >= FBN_SERIAL_BYTES ? call->threads : 1;",
+        "return (int)fbn_clamp(fbn_bytes(g) / FBN_SERIAL_BYTES, 1, call->threads);",
         "test_threads.py::test_a_team_is_whole_or_none",
     ),
     Bug(

@@ -325,12 +325,14 @@ def test_what_an_apply_step_covers():
 
 @pytest.mark.parametrize("planes", ["long", "even", "short", "tiny"])
 def test_past_the_cache(planes, dtype, layout, rng):
-    """A tensor so large that results are streamed to memory, against its halves, which are small enough not to be.
+    """A tensor so large that results are streamed to memory, against its quarters, which are small enough not to be.
 
     Red where a slab is left before all of it is applied, or goes on in the wrong image beside a sum, what lies before a
     cache line is taken for one channel's, a slab takes the next one's flags, or what lies off alignment is streamed.
     """
-    elements = _native.machine()["l2"] * 4 // dtype.itemsize
+    machine = _native.machine()
+    most = machine["l2"] * 4 if machine["follows"] else min(machine["l2"] * 16, machine["l3"] // 2)
+    elements = most // dtype.itemsize
     shape = {
         "long": (3, 16, elements // 48 + 5),
         "even": (32, (elements // (32 * 196) // 16 + 1) * 16, 196),
@@ -344,23 +346,24 @@ def test_past_the_cache(planes, dtype, layout, rng):
     if dtype not in (np.float16, np.float64) and planes != "even":
         np.moveaxis(x, axis, 0)[::5] *= np.asarray(1e37, dtype)
     outer, channels, inner = shape if axis == 1 else (shape[0] * shape[2], shape[1], 1)
-    half = channels // 2
+    quarter = channels // 4
     for op in ("forward", "normalize", "backward"):
         plan = partial(_native.plan, op, dtype.name, "rows" if axis == 1 else "cols", outer)
         assert plan(channels, inner, 2)["stream"]
         panels = axis == 1 and inner * dtype.itemsize < 64
         assert (plan(channels, inner, 2)["turn"] > 0) == (op == "forward" and axis == 1 and not panels)
-        beside = op == "forward" and axis == 1 and planes in ("long", "even") and not _native.machine()["follows"]
+        beside = op == "forward" and axis == 1 and planes in ("long", "even") and not machine["follows"]
         assert plan(channels, inner, 2)["beside"] == beside
-        assert not plan(half, inner, 2)["stream"]
-    parts = [slice(0, half), slice(half, channels)]
+        assert not plan(channels - 3 * quarter, inner, 2)["stream"]
+    parts = [slice(0, quarter), slice(quarter, 2 * quarter), slice(2 * quarter, 3 * quarter), slice(3 * quarter, None)]
     few = [[np.ascontiguousarray(a[:, p] if axis == 1 else a[..., p]) for a in (x, grad_output)] for p in parts]
     options = {"channel_axis": axis, "activation": "relu"}
     pieces = []
     for (one, dy), p in zip(few, parts, strict=True):
-        y, saved = fastbn.batch_norm_forward(one, weight[p], bias[p], **options)
-        z = fastbn.normalize(one, saved.mean, saved.var, weight[p], bias[p], channel_axis=axis)
-        pieces.append((y, z, fastbn.batch_norm_backward(dy, one, saved, weight[p], bias[p])[0]))
+        with fastbn.num_threads(2):
+            y, saved = fastbn.batch_norm_forward(one, weight[p], bias[p], **options)
+            z = fastbn.normalize(one, saved.mean, saved.var, weight[p], bias[p], channel_axis=axis)
+            pieces.append((y, z, fastbn.batch_norm_backward(dy, one, saved, weight[p], bias[p])[0]))
     expected = [np.concatenate(c, axis=axis) for c in zip(*pieces, strict=True)]
     for team in (1, 2, 3):
         with fastbn.num_threads(team):
