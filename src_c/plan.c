@@ -63,17 +63,14 @@ _Static_assert(FBN_TILE % 16 == 0, "a tile begins with a word of the gate");
 
 static int64_t fbn_bytes(const fbn_geometry *g) { return g->outer * g->channels * g->inner * fbn_dtype_size(g->dtype); }
 
-/* Bytes of all that a call reads and writes. */
-static int64_t fbn_traffic(const fbn_geometry *g, fbn_op op)
+/* How many tensors a call reads and writes. */
+static int64_t fbn_tensors(fbn_op op)
 {
     switch (op) {
-    case FBN_PLAN_MOMENTS:
-        return fbn_bytes(g);
+    case FBN_PLAN_MOMENTS: return 1;
     case FBN_PLAN_BACKWARD:
-    case FBN_PLAN_APPLY:
-        return fbn_bytes(g) * 3;
-    default:
-        return fbn_bytes(g) * 2;
+    case FBN_PLAN_APPLY: return 3;
+    default: return 2;
     }
 }
 
@@ -82,13 +79,15 @@ static int fbn_choose_team(const fbn_geometry *g, const fbn_call *call)
     return fbn_bytes(g) >= FBN_SERIAL_BYTES ? call->threads : 1;
 }
 
-/* So much that the caches keep little of it: the last level may be the neighbours', too. A single sweep has more use for
- * what it keeps than one whose first sweep has read all. The team's share is not measured where hardware follows runs. */
+/* So much that the caches keep little of it: the last level may be the neighbours', too. A single sweep has more use
+ * for what it keeps than one whose first sweep has read all. Where hardware follows runs, as measured there. */
 static bool fbn_large(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m)
 {
-    const int64_t share = m->l2 * (call->op == FBN_PLAN_NORMALIZE && !m->follows ? 16 : 8);
-    const int64_t kept = share * (m->follows ? 1 : fbn_choose_team(g, call));
-    return fbn_traffic(g, call->op) > fbn_min(kept, m->l3);
+    if (m->follows) {
+        return fbn_bytes(g) > m->l2 * 4;
+    }
+    const int64_t kept = m->l2 * (call->op == FBN_PLAN_NORMALIZE ? 16 : 8) * fbn_choose_team(g, call);
+    return fbn_bytes(g) > fbn_min(kept, m->l3) / fbn_tensors(call->op);
 }
 
 static bool fbn_two_phase(fbn_op op) { return op == FBN_PLAN_FORWARD || op == FBN_PLAN_BACKWARD; }
@@ -198,9 +197,9 @@ static void fbn_choose_step(const fbn_geometry *g, fbn_plan *plan)
     plan->piece = fbn_ceil_div(fbn_ceil_div(run, fbn_ceil_div(run, FBN_PIECE)), 16) * 16;
 }
 
-/* What the last-level cache holds comes faster without prefetches; and so does what the hardware fetches by itself. Where
- * it follows runs, these are the long ones, but for those that turns interrupt; elsewhere short planes by turns, of
- * which many images are read abreast. */
+/* What the last-level cache holds comes faster without prefetches; and so does what the hardware fetches by itself.
+ * Where it follows runs, these are the long ones, but for those that turns interrupt; elsewhere short planes by turns,
+ * of which many images are read abreast. */
 static bool fbn_choose_fetch(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, const fbn_plan *plan)
 {
     const bool turns = plan->turn > 0;
@@ -210,7 +209,7 @@ static bool fbn_choose_fetch(const fbn_geometry *g, const fbn_call *call, const 
     if (m->follows) {
         return turns || g->inner * fbn_dtype_size(g->dtype) >= FBN_RUN_BYTES;
     }
-    return fbn_traffic(g, call->op) > m->l3 && !(turns && fbn_short(g->inner));
+    return fbn_bytes(g) > m->l3 / fbn_tensors(call->op) && !(turns && fbn_short(g->inner));
 }
 
 /* What the apply of a slab fetches, while its stores wait for memory: by turns, the next is being read already. */

@@ -31,21 +31,21 @@ typedef struct {
 } fbn_call;
 
 typedef struct {
-    int team;        /* 1 or call.threads */
-    int64_t slab;    /* the most channels reduced and applied together while in cache; 0: two sweeps over all */
-    int64_t slabs;   /* so many, as even as they can be, and as many for every thread */
-    int64_t grain;   /* each begins with a multiple of so many channels */
-    int64_t tile;    /* channels that one reduce step sums side by side */
-    int64_t panel;   /* as one row with coefficients for every place: rows: of tiny planes, cols: rows; 0: none */
-    int64_t side;    /* what one apply step covers: rows: neighbours, one run where they touch; cols: rows, or panels.
-                      * With turns there are no such steps */
-    int64_t piece;   /* and so much of each: elements; rows in panels: images */
-    int64_t turn;    /* so many elements of a slab are applied after as many of the next are reduced; 0: no turns */
-    bool beside;     /* with turns: side by side instead, where a kernel can */
-    bool stream;     /* the output is written past the cache */
-    bool backwards;  /* an apply walk starts where the reduce before it ended: least of it has left the cache */
-    int64_t ahead;   /* an apply prefetches what lies so many channels on; 0: what comes next in its run */
-    bool fetch;      /* a reduce prefetches what comes next in its runs */
+    int team;       /* 1 or call.threads */
+    int64_t slab;   /* the most channels reduced and applied together while in cache; 0: two sweeps over all */
+    int64_t slabs;  /* so many, as even as they can be, and as many for every thread */
+    int64_t grain;  /* each begins with a multiple of so many channels */
+    int64_t tile;   /* channels that one reduce step sums side by side */
+    int64_t panel;  /* as one row with coefficients for every place: rows: of tiny planes, cols: rows; 0: none */
+    int64_t side;   /* what one apply step covers: rows: neighbours, one run where they touch; cols: rows, or panels.
+                     * With turns there are no such steps */
+    int64_t piece;  /* and so much of each: elements; rows in panels: images */
+    int64_t turn;   /* so many elements of a slab are applied after as many of the next are reduced; 0: no turns */
+    bool beside;    /* with turns: side by side instead, where a kernel can */
+    bool stream;    /* the output is written past the cache */
+    bool backwards; /* an apply walk starts where the reduce before it ended: least of it has left the cache */
+    int64_t ahead;  /* an apply prefetches what lies so many channels on; 0: what comes next in its run */
+    bool fetch;     /* a reduce prefetches what comes next in its runs */
 } fbn_plan;
 
 /* So many bytes on is what comes next in a run. */

@@ -201,8 +201,9 @@ def test_what_is_streamed():
             most = times * l2 * threads // tensors // image * image
             assert not streams(op, most, threads)
             assert streams(op, most + image, threads)
+            assert not streams(op, 4 * l2, threads, follows=True)
+            assert streams(op, 4 * l2 + image, threads, follows=True), "for any number of threads"
             most = 8 * l2 // tensors // image * image
-            assert streams(op, most + image, threads, follows=True), "as measured with a thread"
             assert streams(op, most + image, threads, l3=8 * l2), "what is too much for the last level"
 
 
