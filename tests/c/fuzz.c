@@ -180,6 +180,11 @@ static fbn_machine machine;
     SEEN(ahead, plan.ahead > 0 && plan.ahead < g->channels)                                                            \
     SEEN(fetches, plan.fetch)                                                                                          \
     SEEN(fetches_nothing, g->family == FBN_ROWS && !plan.fetch)
+#define COUNT(what, condition) long what;
+static struct {
+    long plans;
+    DECISIONS(COUNT)
+} seen;
 
 fbn_plan __real_fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m);
 fbn_plan __wrap_fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m);
