@@ -110,7 +110,7 @@ static void fbn_reduce_strip(const fbn_pass *pass, fbn_partials *p, const double
         begin = fbn_part(g->outer, strip, p->strips);
         end = fbn_part(g->outer, strip + 1, p->strips);
     }
-    const int64_t soon = pass->plan.fetch ? FBN_SOON : 0;
+    const int64_t soon = pass->plan.fetch ? FBN_REACH : 0;
     fbn_span span = {
         .x = fbn_at(&pass->x, size, rows ? 0 : begin, first, 0),
         .other = fbn_at(&pass->other, size, rows ? 0 : begin, first, 0),
@@ -198,7 +198,8 @@ typedef struct fbn_walk {
 } fbn_walk;
 
 /* Rows [row, row + rows) of `width` elements that begin at channel c, as one call of a cols kernel. With `panel`, a row
- * is that many of the tensor's rows. Where no slab is to be fetched ahead, the next row is. */
+ * is that many of the tensor's rows. Where no slab is to be fetched ahead, the next row is, or a later one, if rows are
+ * short. */
 static void fbn_apply_block(const fbn_pass *pass, const fbn_coef *k, int64_t row, int64_t rows, int64_t c,
                             int64_t width, int64_t panel, int64_t ahead)
 {
@@ -217,8 +218,9 @@ static void fbn_apply_block(const fbn_pass *pass, const fbn_coef *k, int64_t row
         .gate_stride = fbn_gate_words(&pass->g),
         .rows = rows,
         .width = width,
-        .ahead = (ahead > 0 ? ahead * pass->x.channel_stride : pass->x.outer_stride * step) * size,
-        .other_ahead = (ahead > 0 ? ahead * pass->other.channel_stride : pass->other.outer_stride * step) * size,
+        .ahead = fbn_max((ahead > 0 ? ahead * pass->x.channel_stride : pass->x.outer_stride * step) * size, FBN_SOON),
+        .other_ahead = fbn_max(
+            (ahead > 0 ? ahead * pass->other.channel_stride : pass->other.outer_stride * step) * size, FBN_SOON),
         .stream = pass->plan.stream,
     };
     if (pass->backward) {
@@ -466,7 +468,7 @@ static fbn_turn fbn_turn_of(const fbn_pass *pass, const fbn_coefs *coefs, int64_
                  .gate_stride = fbn_gate_words(g),
                  .rows = last - first,
                  .width = g->inner,
-                 .ahead = ahead > 0 ? ahead * pass->x.channel_stride * size : FBN_SOON,
+                 .ahead = ahead > 0 ? ahead * pass->x.channel_stride * size : FBN_REACH,
                  .stream = pass->plan.stream},
         .k = fbn_coefs_at(coefs, first),
         .rule = pass->rule,

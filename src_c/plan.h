@@ -48,8 +48,8 @@ typedef struct {
     bool fetch;     /* a reduce prefetches what comes next in its runs */
 } fbn_plan;
 
-/* So many bytes on is what comes next in a run. */
-enum { FBN_SOON = 2048 };
+/* So many bytes on is what comes next in a run: for a reduce, and for an apply, whose stores come in between. */
+enum { FBN_REACH = 2048, FBN_SOON = 1024 };
 
 fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *machine);
 
