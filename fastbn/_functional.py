@@ -268,7 +268,7 @@ def moments(x: Any, *, channel_axis: int = 1) -> Moments:
     -------
     Moments
         In float64, whatever the dtype of `x`, with the accuracy of its arithmetic: of float32 and narrower data the
-        variance to about 2e-7 of itself, the mean to about 1e-7 of the deviation. Of an empty `x` the count is 0.
+        variance to about 3e-7 of itself, the mean to about 1e-7 of the deviation. Of an empty `x` the count is 0.
 
     Raises
     ------

@@ -174,6 +174,7 @@ def plan(
     threads: int,
     gated: bool = False,
     adjacent: bool = True,
+    residual: bool = False,
     machine: dict[str, int] | None = None,
 ) -> dict[str, Any]: ...
 def view(x: Any, name: str) -> _Array: ...

@@ -95,10 +95,11 @@ cdef extern from "plan.h" nogil:
         fbn_op op
         int threads
         bint gated, adjacent
+        int tensors
     ctypedef struct fbn_plan:
         int team
-        int64_t slab, slabs, grain, tile, panel, side, piece, turn, ahead
-        bint stream, backwards, beside, fetch
+        int64_t slab, slabs, grain, tile, panel, side, piece, turn, ahead, soon, fetch
+        bint stream, backwards, beside
     fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *machine)
     void fbn_machine_init(bint follows)
     const fbn_machine *fbn_this_machine()
@@ -1424,7 +1425,8 @@ def machine():
     return {"l2": fbn_this_machine().l2, "l3": fbn_this_machine().l3, "follows": bool(fbn_this_machine().follows)}
 
 
-def plan(str op, str dtype, str family, outer, channels, inner, threads, gated=False, adjacent=True, machine=None):
+def plan(str op, str dtype, str family, outer, channels, inner, threads, gated=False, adjacent=True,
+         residual=False, machine=None):
     """The plan's decisions for a call, without running it; machine overrides what `machine` returns."""
     cdef fbn_geometry g
     cdef fbn_call call
@@ -1435,13 +1437,15 @@ def plan(str op, str dtype, str family, outer, channels, inner, threads, gated=F
     g.outer, g.channels, g.inner = outer, channels, inner
     call.op = _OPS.index(op)
     call.threads, call.gated, call.adjacent = threads, gated, adjacent
+    call.tensors = {"moments": 1, "backward": 3, "apply": 3}.get(op, 2) + bool(residual)
     if machine is not None:
         m.l2, m.l3 = machine["l2"], machine["l3"]
         m.follows = machine.get("follows", False)
     p = fbn_make_plan(&g, &call, &m)
     return {"team": p.team, "slab": p.slab, "slabs": p.slabs, "grain": p.grain, "tile": p.tile, "panel": p.panel,
-            "side": p.side, "piece": p.piece, "turn": p.turn, "ahead": p.ahead, "stream": bool(p.stream),
-            "beside": bool(p.beside), "backwards": bool(p.backwards), "fetch": bool(p.fetch)}
+            "side": p.side, "piece": p.piece, "turn": p.turn, "ahead": p.ahead, "soon": p.soon,
+            "fetch": p.fetch, "stream": bool(p.stream),
+            "beside": bool(p.beside), "backwards": bool(p.backwards)}
 
 
 def copy(src, dst, int threads):

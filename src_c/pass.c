@@ -54,6 +54,7 @@ bool fbn_pass_ready(fbn_pass *pass, const fbn_geometry *g, fbn_act act, fbn_op o
             return false;
         }
         call.adjacent = call.adjacent && fbn_adjacent(g, tensors[i]);
+        call.tensors += tensors[i]->data != NULL;
     }
     pass->g = *g;
     pass->kernels = fbn_kernels_for(g->dtype);
@@ -110,7 +111,6 @@ static void fbn_reduce_strip(const fbn_pass *pass, fbn_partials *p, const double
         begin = fbn_part(g->outer, strip, p->strips);
         end = fbn_part(g->outer, strip + 1, p->strips);
     }
-    const int64_t soon = pass->plan.fetch ? FBN_REACH : 0;
     fbn_span span = {
         .x = fbn_at(&pass->x, size, rows ? 0 : begin, first, 0),
         .other = fbn_at(&pass->other, size, rows ? 0 : begin, first, 0),
@@ -123,8 +123,7 @@ static void fbn_reduce_strip(const fbn_pass *pass, fbn_partials *p, const double
         .x_next = pass->x.channel_stride,
         .other_next = pass->other.channel_stride,
         .gate_next = fbn_gate_words(g),
-        .ahead = soon,
-        .other_ahead = soon,
+        .ahead = pass->plan.fetch,
         .turn = room->turn,
     };
     fbn_coef k = pass->backward ? fbn_coefs_at(coefs, first) : (fbn_coef){0};
@@ -197,9 +196,16 @@ typedef struct fbn_walk {
     int64_t ready;       /* the channel that `panel` begins with */
 } fbn_walk;
 
+/* Bytes to what is fetched beside a row of `step` of a tensor's: the slab so many channels on, or the next row; or what
+ * comes soon where that is nearer, and read already. */
+static int64_t fbn_row_ahead(const fbn_pass *pass, const fbn_tensor *t, int64_t ahead, int64_t step)
+{
+    int64_t bytes = (ahead > 0 ? ahead * t->channel_stride : t->outer_stride * step) * fbn_dtype_size(pass->g.dtype);
+    return bytes > 0 && bytes < pass->plan.soon ? pass->plan.soon : bytes;
+}
+
 /* Rows [row, row + rows) of `width` elements that begin at channel c, as one call of a cols kernel. With `panel`, a row
- * is that many of the tensor's rows. Where no slab is to be fetched ahead, the next row is, or a later one, if rows are
- * short. */
+ * is that many of the tensor's rows. */
 static void fbn_apply_block(const fbn_pass *pass, const fbn_coef *k, int64_t row, int64_t rows, int64_t c,
                             int64_t width, int64_t panel, int64_t ahead)
 {
@@ -218,9 +224,8 @@ static void fbn_apply_block(const fbn_pass *pass, const fbn_coef *k, int64_t row
         .gate_stride = fbn_gate_words(&pass->g),
         .rows = rows,
         .width = width,
-        .ahead = fbn_max((ahead > 0 ? ahead * pass->x.channel_stride : pass->x.outer_stride * step) * size, FBN_SOON),
-        .other_ahead = fbn_max(
-            (ahead > 0 ? ahead * pass->other.channel_stride : pass->other.outer_stride * step) * size, FBN_SOON),
+        .ahead = fbn_row_ahead(pass, &pass->x, ahead, step),
+        .other_ahead = fbn_row_ahead(pass, &pass->other, ahead, step),
         .stream = pass->plan.stream,
     };
     if (pass->backward) {
@@ -255,8 +260,8 @@ static void fbn_apply_runs(fbn_walk *w, int64_t unit)
         .gate_stride = fbn_gate_words(g),
         .rows = fbn_min(plan->side, w->last - c),
         .width = fbn_min(plan->piece, g->inner - i),
-        .ahead = w->ahead > 0 ? w->ahead * pass->x.channel_stride * size : FBN_SOON,
-        .other_ahead = w->ahead > 0 ? w->ahead * pass->other.channel_stride * size : FBN_SOON,
+        .ahead = w->ahead > 0 ? w->ahead * pass->x.channel_stride * size : plan->soon,
+        .other_ahead = w->ahead > 0 ? w->ahead * pass->other.channel_stride * size : plan->soon,
         .stream = pass->plan.stream,
     };
     fbn_coef k = fbn_coefs_at(w->coefs, c);
@@ -468,7 +473,7 @@ static fbn_turn fbn_turn_of(const fbn_pass *pass, const fbn_coefs *coefs, int64_
                  .gate_stride = fbn_gate_words(g),
                  .rows = last - first,
                  .width = g->inner,
-                 .ahead = ahead > 0 ? ahead * pass->x.channel_stride * size : FBN_REACH,
+                 .ahead = ahead > 0 ? ahead * pass->x.channel_stride * size : pass->plan.soon,
                  .stream = pass->plan.stream},
         .k = fbn_coefs_at(coefs, first),
         .rule = pass->rule,

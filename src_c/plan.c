@@ -2,6 +2,7 @@
 #include "plan.h"
 
 #include "kernels/channel.h"
+#include "parallel.h"
 
 #include <stdio.h>
 
@@ -44,6 +45,9 @@ int64_t fbn_dtype_size(fbn_dtype dtype) { return dtype == FBN_F64 ? 8 : dtype ==
  * the other reads, and the hardware is to follow its runs where it does. */
 enum { FBN_PIECE = 1 << 16, FBN_TURN = 4096, FBN_TURN_FOLLOWED = 1024, FBN_ROWS_BYTES = 1 << 16, FBN_PANEL_TILE = 8 };
 
+/* Bytes from what is read to what is fetched: by a reduce, and by an apply, whose stores come in between. */
+enum { FBN_REACH = 2048, FBN_REACH_FOLLOWED = 4096, FBN_SOON = 1024, FBN_SOON_FOLLOWED = 2048 };
+
 /* Bytes below which a parallel region costs more than it saves; what is short enough for a panel, and where rows that
  * are not streamed share their coefficients; how many rows and elements make one worth it; columns of a tile, whose
  * words of a gate must be whole. */
@@ -63,17 +67,6 @@ _Static_assert(FBN_TILE % 16 == 0, "a tile begins with a word of the gate");
 
 static int64_t fbn_bytes(const fbn_geometry *g) { return g->outer * g->channels * g->inner * fbn_dtype_size(g->dtype); }
 
-/* How many tensors a call reads and writes. */
-static int64_t fbn_tensors(fbn_op op)
-{
-    switch (op) {
-    case FBN_PLAN_MOMENTS: return 1;
-    case FBN_PLAN_BACKWARD:
-    case FBN_PLAN_APPLY: return 3;
-    default: return 2;
-    }
-}
-
 static int fbn_choose_team(const fbn_geometry *g, const fbn_call *call)
 {
     return fbn_bytes(g) >= FBN_SERIAL_BYTES ? call->threads : 1;
@@ -86,8 +79,9 @@ static bool fbn_large(const fbn_geometry *g, const fbn_call *call, const fbn_mac
     if (m->follows) {
         return fbn_bytes(g) > m->l2 * 4;
     }
-    const int64_t kept = m->l2 * (call->op == FBN_PLAN_NORMALIZE ? 16 : 8) * fbn_choose_team(g, call);
-    return fbn_bytes(g) > fbn_min(kept, m->l3) / fbn_tensors(call->op);
+    const int64_t team = fbn_min(fbn_choose_team(g, call), FBN_MAX_THREADS);
+    const int64_t kept = m->l2 * (call->op == FBN_PLAN_NORMALIZE ? 16 : 8) * team;
+    return fbn_bytes(g) > fbn_min(kept, fbn_max(m->l3, m->l2)) / call->tensors;
 }
 
 static bool fbn_two_phase(fbn_op op) { return op == FBN_PLAN_FORWARD || op == FBN_PLAN_BACKWARD; }
@@ -119,9 +113,9 @@ static void fbn_choose_slabs(const fbn_geometry *g, const fbn_call *call, const 
     }
     /* What L2 cannot hold may stay in a thread's share of L3, if it is read in long runs. By turns, three slabs are
      * there at a time. */
-    int64_t least = channel_bytes * (turns ? 3 : 1);
+    const int64_t at_a_time = turns ? 3 : 1;
     if ((channel_bytes > m->l2 && g->inner * fbn_dtype_size(g->dtype) < FBN_RUN_BYTES) ||
-        (least > m->l2 && least * team > m->l3 / 2)) {
+        (channel_bytes > m->l2 / at_a_time && channel_bytes > m->l3 / 2 / at_a_time / team)) {
         return;
     }
     /* A channel dealt to one thread whole: uneven shares cost more than a second sweep where channels are few. */
@@ -197,19 +191,20 @@ static void fbn_choose_step(const fbn_geometry *g, fbn_plan *plan)
     plan->piece = fbn_ceil_div(fbn_ceil_div(run, fbn_ceil_div(run, FBN_PIECE)), 16) * 16;
 }
 
-/* What the last-level cache holds comes faster without prefetches; and so does what the hardware fetches by itself.
- * Where it follows runs, these are the long ones, but for those that turns interrupt; elsewhere short planes by turns,
- * of which many images are read abreast. */
-static bool fbn_choose_fetch(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, const fbn_plan *plan)
+/* Where hardware follows runs it fetches the long ones, but for those that turns interrupt. Elsewhere what the
+ * last-level cache holds comes as fast without; and so do short planes by turns, of which many images are read abreast.
+ */
+static int64_t fbn_choose_fetch(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, const fbn_plan *plan)
 {
+    if (g->family == FBN_COLS) {
+        return 0;
+    }
     const bool turns = plan->turn > 0;
-    if (g->family == FBN_COLS || !fbn_large(g, call, m)) {
-        return false;
-    }
     if (m->follows) {
-        return turns || g->inner * fbn_dtype_size(g->dtype) >= FBN_RUN_BYTES;
+        const bool stops = turns || g->inner * fbn_dtype_size(g->dtype) >= FBN_RUN_BYTES;
+        return stops && fbn_large(g, call, m) ? FBN_REACH_FOLLOWED : 0;
     }
-    return fbn_bytes(g) > m->l3 / fbn_tensors(call->op) && !(turns && fbn_short(g->inner));
+    return fbn_bytes(g) > m->l3 / call->tensors && !(turns && fbn_short(g->inner)) ? FBN_REACH : 0;
 }
 
 /* What the apply of a slab fetches, while its stores wait for memory: by turns, the next is being read already. */
@@ -246,10 +241,11 @@ static fbn_plan fbn_plan_as(const fbn_geometry *g, const fbn_call *call, const f
      * they are long. */
     run = plan.panel > 0 ? FBN_CACHE_LINE : run;
     plan.stream = large && (run % FBN_CACHE_LINE == 0 || run >= FBN_PATCHED_BYTES);
-    /* Not measured where the hardware follows runs. Short planes are read down the images. */
+    /* Not measured where the hardware follows runs. Sums of short planes are in memory. */
     plan.beside = turns && !m->follows && !fbn_short(g->inner);
     plan.backwards = fbn_two_phase(call->op) && !turns;
     plan.ahead = fbn_choose_ahead(g, call, m, &plan);
+    plan.soon = m->follows ? FBN_SOON_FOLLOWED : FBN_SOON;
     plan.fetch = fbn_choose_fetch(g, call, m, &plan);
     return plan;
 }

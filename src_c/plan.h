@@ -28,6 +28,7 @@ typedef struct {
     int threads;   /* the most that may be used */
     bool gated;    /* a gate is read or written */
     bool adjacent; /* rows: planes of neighbouring channels touch; cols: rows touch. In every tensor of the call */
+    int tensors;   /* that are read or written */
 } fbn_call;
 
 typedef struct {
@@ -45,11 +46,9 @@ typedef struct {
     bool stream;    /* the output is written past the cache */
     bool backwards; /* an apply walk starts where the reduce before it ended: least of it has left the cache */
     int64_t ahead;  /* an apply prefetches what lies so many channels on; 0: what comes next in its run */
-    bool fetch;     /* a reduce prefetches what comes next in its runs */
+    int64_t soon;   /* bytes to that */
+    int64_t fetch;  /* a reduce prefetches what lies so many bytes on in its runs; 0: nothing */
 } fbn_plan;
-
-/* So many bytes on is what comes next in a run: for a reduce, and for an apply, whose stores come in between. */
-enum { FBN_REACH = 2048, FBN_SOON = 1024 };
 
 fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *machine);
 

@@ -56,6 +56,22 @@ BUGS = [
         "test_fork.py::test_fork_after_a_parallel_call",
     ),
     Bug(
+        9,
+        "planes that are not there",
+        "src_c/pass.c",
+        "int64_t abreast = fbn_min(b->planes, g->outer - plane);",
+        "int64_t abreast = b->planes;",
+        "test_forward.py::test_sizes",
+    ),
+    Bug(
+        9,
+        "a run that lags behind",
+        "src_c/kernels/sums.inc",
+        "const int64_t lag = single ? 16 : 0;",
+        "const int64_t lag = 0;",
+        "test_forward.py::test_sizes",
+    ),
+    Bug(
         11,
         "huge, gate",
         "src_c/kernels/sums.inc",

@@ -37,6 +37,7 @@ LARGE = [
     (100, 1025, 1),
     (30_003, 3, 1),
     (3, 8, 4097),
+    (6, 3, 9001),
     (64, 16, 300),
     (3, 129, 513),
     (20_000, 9, 1),
@@ -177,23 +178,25 @@ def test_what_a_reduce_reads_at_a_time():
         assert tile % 16 == 0
         assert strips * -(-2048 // tile) >= threads
     for op, inner in itertools.product(("moments", "forward", "backward", "reduce"), (49, 784)):
-        assert plan(op, "rows", 32, 8192, inner)["fetch"] == (op != "forward" or inner != 49)
+        assert plan(op, "rows", 32, 8192, inner)["fetch"] == 2048 * (op != "forward" or inner != 49)
     for channels, fetch in ((1747, False), (1748, True)):
-        assert plan("backward", "rows", 32, channels, 50)["fetch"] == fetch, "the last level has 32 MB"
+        assert plan("backward", "rows", 32, channels, 50)["fetch"] == 2048 * fetch, "the last level has 32 MB"
     assert not plan("backward", "cols", 1568, 2048, 1)["fetch"]
 
 
 def test_what_is_streamed():
     """A result of a call that reads and writes more than the caches keep. Red where a backward counts for two tensors,
-    the share of a thread for that of the team, or a single sweep for two; or the last-level cache for endless.
+    a residual for none, the share of a thread for that of the team, or a single sweep for two; or the last-level cache
+    for endless.
     """
     l2, l3 = 1 << 20, 100 << 20
 
-    def streams(op, bytes_, threads=1, l3=l3, **machine):
+    def streams(op, bytes_, threads=1, l3=l3, residual=False, **machine):
         channels = 64
         images = bytes_ // (channels * 1024 * 4)
         machine = {"l2": l2, "l3": l3, **machine}
-        return _native.plan(op, "float32", "rows", images, channels, 1024, threads, machine=machine)["stream"]
+        plan = _native.plan(op, "float32", "rows", images, channels, 1024, threads, residual=residual, machine=machine)
+        return plan["stream"]
 
     image = 64 * 1024 * 4
     for op, tensors, times in (("forward", 2, 8), ("normalize", 2, 16), ("backward", 3, 8), ("apply", 3, 8)):
@@ -201,10 +204,14 @@ def test_what_is_streamed():
             most = times * l2 * threads // tensors // image * image
             assert not streams(op, most, threads)
             assert streams(op, most + image, threads)
+            less = times * l2 * threads // (tensors + 1) // image * image
+            assert not streams(op, less, threads, residual=True)
+            assert streams(op, less + image, threads, residual=True)
             assert not streams(op, 4 * l2, threads, follows=True)
             assert streams(op, 4 * l2 + image, threads, follows=True), "for any number of threads"
-            most = 8 * l2 // tensors // image * image
-            assert streams(op, most + image, threads, l3=8 * l2), "what is too much for the last level"
+            most = 6 * l2 // tensors // image * image
+            assert not streams(op, most, threads, l3=6 * l2)
+            assert streams(op, most + image, threads, l3=6 * l2), "what is too much for the last level"
 
 
 def test_a_machine_that_follows_runs():
@@ -335,7 +342,7 @@ def test_past_the_cache(planes, dtype, layout, rng):
     most = machine["l2"] * 4 if machine["follows"] else min(machine["l2"] * 16, machine["l3"] // 2)
     elements = most // dtype.itemsize
     shape = {
-        "long": (3, 16, elements // 48 + 5),
+        "long": (6, 16, elements // 96 + 5),
         "even": (32, (elements // (32 * 196) // 16 + 1) * 16, 196),
         "short": (32, (elements // (32 * 49) // 16 + 1) * 16, 49),
         "tiny": (32, elements // (32 * 25) // 2 * 2 + 3, 25),  # no image ends with a cache line

@@ -37,6 +37,8 @@ SIZES = [
     (1, 1, 4096),
     (2, 2, 4097),
     (3, 3, 3 * 4096 + 1),
+    (5, 3, 4097),
+    (7, 2, 2 * 4096 + 9),
     (4097, 2, 1),
     (2 * 4096 + 5, 17, 1),
     (700, 5, 13),
@@ -45,6 +47,7 @@ SIZES = [
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sizes(isa, dtype, layout, size, rng):
+    """Red where planes are counted that are not there, or one run is summed as if it were four."""
     shape, axis = layout(*size)
     x = normal(rng, shape, dtype, mean=2)
     weight, bias = parameters(rng, size[1], dtype)

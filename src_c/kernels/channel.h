@@ -111,17 +111,17 @@ static inline void fbn_backward_of(fbn_channel_coef *c, double mean, double lo, 
 /* A pivot must not turn finite neighbours into NaN. */
 static inline double fbn_pivot(double x) { return isfinite(x) ? x : 0.0; }
 
-/* The blocks of a channel in the rows family: the same piece of a few planes, which is all of them where they are not
- * long. They follow from the channel's geometry alone: never from threads, caches, the ISA or the number of its
- * neighbours. */
+/* The blocks of a channel in the rows family: the same piece of a few planes; where planes are not long, the piece is
+ * the plane. At most FBN_BLOCK elements, of one plane FBN_PIECE_MOST. They follow from the channel's geometry alone:
+ * never from threads, caches, the ISA or the number of its neighbours. */
 enum { FBN_BLOCK = 16384, FBN_PIECE_MOST = 4096, FBN_BLOCK_ROWS = 1024, FBN_STRIP_ROWS = 768, FBN_STRIPS = 128 };
 
 /* So many planes of a channel are summed abreast, a vector of each at a time: memory gives more to several runs than
  * to one. */
 enum { FBN_ABREAST = 4 };
 
-/* Planes that are summed down the images before across: long enough for a channel to fill a vector, and so short that
- * the ends of planes would cost more. */
+/* Planes that are summed place by place, down the images before across: long enough for a channel to fill a vector, and
+ * so short that the ends of planes would cost more. */
 enum { FBN_SHORT_LEAST = 16, FBN_SHORT_MOST = 128 };
 static inline bool fbn_short(int64_t inner) { return inner >= FBN_SHORT_LEAST && inner <= FBN_SHORT_MOST; }
 
@@ -154,7 +154,7 @@ static inline fbn_blocks fbn_blocks_rows(int64_t outer, int64_t inner)
     b.pieces = fbn_ceil_div(inner, b.piece_len);
     b.planes = fbn_clamp(FBN_BLOCK / FBN_ABREAST / b.piece_len * FBN_ABREAST, 1, outer);
     b.count = fbn_ceil_div(outer, b.planes) * b.pieces;
-    b.strips = fbn_min(b.count, FBN_STRIPS);
+    b.strips = fbn_clamp(outer * inner / FBN_BLOCK, 1, fbn_min(b.count, FBN_STRIPS));
     return b;
 }
 

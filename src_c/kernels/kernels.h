@@ -46,7 +46,7 @@ typedef struct {
     int64_t x_stride, other_stride, y_stride, extra_stride, gate_stride;
     int64_t rows, width;                   /* rows of `width` elements: rows, applied to, planes of one channel each */
     int64_t x_next, other_next, gate_next; /* rows, sums: from a channel to its neighbour */
-    int64_t ahead;                         /* bytes from x to what is wanted in cache next; 0 for nothing */
+    int64_t ahead;                         /* bytes to what is wanted in cache next; of sums, 0 for nothing */
     int64_t other_ahead;
     int stream;            /* write y past the cache */
     struct fbn_turn *turn; /* rows, moments: what is normalized in between, or NULL */
@@ -86,9 +86,6 @@ static inline const void *fbn_ahead(const void *p, int64_t bytes)
 {
     return (const void *)((uintptr_t)p + (uintptr_t)bytes);
 }
-
-/* Elements of a stretch, which is summed in the arithmetic of the data. */
-enum { FBN_STRETCH = 512, FBN_STRETCH_WIDE = 128 };
 
 /* `tile`: memory, aligned for any type, that a kernel of sums works in: fbn_columns_bytes(width) of it, or
  * fbn_lines_bytes(channels, elements of a plane, whether the arithmetic is float64) in the rows family. An odd step

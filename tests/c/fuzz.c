@@ -178,8 +178,8 @@ static fbn_machine machine;
     SEEN(beside, plan.beside)                                                                                          \
     SEEN(teams_in_turns, plan.team > 1 && plan.turn > 0)                                                               \
     SEEN(ahead, plan.ahead > 0 && plan.ahead < g->channels)                                                            \
-    SEEN(fetches, plan.fetch)                                                                                          \
-    SEEN(fetches_nothing, g->family == FBN_ROWS && !plan.fetch)
+    SEEN(fetches, plan.fetch > 0)                                                                                      \
+    SEEN(fetches_nothing, g->family == FBN_ROWS && plan.fetch == 0)
 #define COUNT(what, condition) long what;
 static struct {
     long plans;

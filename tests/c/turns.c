@@ -47,7 +47,7 @@ static float *made(int64_t elements)
 static void check_shape(int64_t outer, int64_t channels, int64_t inner, int64_t gap, bool gated)
 {
     const fbn_geometry g = {FBN_F32, FBN_ROWS, outer, channels, inner};
-    const fbn_call call = {FBN_PLAN_FORWARD, 1, gated, gap == 0};
+    const fbn_call call = {FBN_PLAN_FORWARD, 1, gated, gap == 0, gated ? 3 : 2};
     const fbn_plan plan = fbn_make_plan(&g, &call, fbn_this_machine());
     const int64_t next = inner + gap;
     const int64_t elements = outer * channels * inner;
@@ -90,7 +90,8 @@ static void check_shape(int64_t outer, int64_t channels, int64_t inner, int64_t 
 
 void check_turns(void)
 {
-    const int64_t shapes[][3] = {{32, 64, 784}, {32, 128, 256}, {64, 256, 64}, {8, 64, 4096}, {3, 48, 10000}};
+    const int64_t shapes[][3] = {{32, 64, 784}, {32, 128, 256}, {64, 256, 64},
+                                 {8, 64, 4096}, {3, 48, 10000}, {6, 48, 10000}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         const int64_t *s = shapes[i];
         check_shape(s[0], s[1], s[2], 0, false);
