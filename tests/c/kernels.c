@@ -320,7 +320,7 @@ static int64_t draw_rows(const call *c, int64_t width, rng *r)
         return rng_between(r, 1, width > 1000 ? 2 : c->touching ? 12 : 5);
     }
     if (!rng_one_in(r, 12) || width > 200) {
-        return rng_between(r, op->rows ? 1 : 0, width > 1000 && !rng_one_in(r, 4) ? 3 : 12);
+        return rng_between(r, op->rows ? 1 : 0, width > 20000 || (width > 1000 && !rng_one_in(r, 4)) ? 3 : 12);
     }
     return rng_between(r, 1, op->rows ? 2 + 2 * FBN_BLOCK / (width + 1) : 2 * FBN_BLOCK_ROWS + 9);
 }
