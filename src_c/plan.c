@@ -2,7 +2,6 @@
 #include "plan.h"
 
 #include "kernels/channel.h"
-#include "parallel.h"
 
 #include <stdio.h>
 
@@ -79,9 +78,9 @@ static bool fbn_large(const fbn_geometry *g, const fbn_call *call, const fbn_mac
     if (m->follows) {
         return fbn_bytes(g) > m->l2 * 4;
     }
-    const int64_t team = fbn_min(fbn_choose_team(g, call), FBN_MAX_THREADS);
-    const int64_t kept = m->l2 * (call->op == FBN_PLAN_NORMALIZE ? 16 : 8) * team;
-    return fbn_bytes(g) > fbn_min(kept, fbn_max(m->l3, m->l2)) / call->tensors;
+    const int64_t share = fbn_ceil_div(fbn_bytes(g), fbn_choose_team(g, call));
+    const int64_t times = call->op == FBN_PLAN_NORMALIZE ? 16 : 8;
+    return share > m->l2 * times / call->tensors || fbn_bytes(g) > fbn_max(m->l3, m->l2) / call->tensors;
 }
 
 static bool fbn_two_phase(fbn_op op) { return op == FBN_PLAN_FORWARD || op == FBN_PLAN_BACKWARD; }
