@@ -193,7 +193,8 @@ static void fbn_choose_step(const fbn_geometry *g, fbn_plan *plan)
 /* Where hardware follows runs it fetches the long ones, but for those that turns interrupt. Elsewhere what the
  * last-level cache holds comes as fast without; and so do short planes by turns, of which many images are read abreast.
  */
-static int64_t fbn_choose_fetch(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, const fbn_plan *plan)
+static int64_t fbn_choose_fetch(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, const fbn_plan *plan,
+                                bool large)
 {
     if (g->family == FBN_COLS) {
         return 0;
@@ -201,27 +202,26 @@ static int64_t fbn_choose_fetch(const fbn_geometry *g, const fbn_call *call, con
     const bool turns = plan->turn > 0;
     if (m->follows) {
         const bool stops = turns || g->inner * fbn_dtype_size(g->dtype) >= FBN_RUN_BYTES;
-        return stops && fbn_large(g, call, m) ? FBN_REACH_FOLLOWED : 0;
+        return stops && large ? FBN_REACH_FOLLOWED : 0;
     }
     return fbn_bytes(g) > m->l3 / call->tensors && !(turns && fbn_short(g->inner)) ? FBN_REACH : 0;
 }
 
 /* What the apply of a slab fetches, while its stores wait for memory: by turns, the next is being read already. */
-static int64_t fbn_choose_ahead(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, const fbn_plan *plan)
+static int64_t fbn_choose_ahead(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, const fbn_plan *plan,
+                                bool large)
 {
     const bool turns = plan->turn > 0;
-    if (plan->slab == 0 || !fbn_large(g, call, m) ||
-        (m->follows && (turns || plan->slab * fbn_channel_bytes(g, call->op) > m->l2))) {
+    if (plan->slab == 0 || !large || (m->follows && (turns || plan->slab * fbn_channel_bytes(g, call->op) > m->l2))) {
         return 0;
     }
     return turns ? 2 * plan->slab : plan->slab;
 }
 
-static fbn_plan fbn_plan_as(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, bool turns)
+static fbn_plan fbn_plan_as(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, bool large, bool turns)
 {
     fbn_plan plan = {.team = fbn_choose_team(g, call), .turn = !turns ? 0 : m->follows ? FBN_TURN_FOLLOWED : FBN_TURN};
     int64_t size = fbn_dtype_size(g->dtype);
-    const bool large = fbn_large(g, call, m);
     if (fbn_two_phase(call->op)) {
         fbn_choose_slabs(g, call, m, &plan);
     }
@@ -243,9 +243,9 @@ static fbn_plan fbn_plan_as(const fbn_geometry *g, const fbn_call *call, const f
     /* Not measured where the hardware follows runs. Sums of short planes are in memory. */
     plan.beside = turns && !m->follows && !fbn_short(g->inner);
     plan.backwards = fbn_two_phase(call->op) && !turns;
-    plan.ahead = fbn_choose_ahead(g, call, m, &plan);
+    plan.ahead = fbn_choose_ahead(g, call, m, &plan, large);
     plan.soon = m->follows ? FBN_SOON_FOLLOWED : FBN_SOON;
-    plan.fetch = fbn_choose_fetch(g, call, m, &plan);
+    plan.fetch = fbn_choose_fetch(g, call, m, &plan, large);
     return plan;
 }
 
@@ -253,11 +253,12 @@ static fbn_plan fbn_plan_as(const fbn_geometry *g, const fbn_call *call, const f
  * reduces the next. Panels take none. */
 fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m)
 {
-    if (call->op == FBN_PLAN_FORWARD && fbn_large(g, call, m)) {
-        const fbn_plan plan = fbn_plan_as(g, call, m, true);
+    const bool large = fbn_large(g, call, m);
+    if (call->op == FBN_PLAN_FORWARD && large) {
+        const fbn_plan plan = fbn_plan_as(g, call, m, large, true);
         if (plan.stream && plan.slabs > plan.team && plan.panel == 0) {
             return plan;
         }
     }
-    return fbn_plan_as(g, call, m, false);
+    return fbn_plan_as(g, call, m, large, false);
 }
