@@ -60,6 +60,12 @@ TIERS = {
         "__m512 f(__m512 a);\n"
         "__m512 f(__m512 a) { return _mm512_and_ps(_mm512_fmadd_ps(a, a, a), a); }\n",
     ),
+    "avx512_bf16": (
+        ("-mavx512bf16 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c".split(), ["/arch:AVX512"]),
+        "#include <immintrin.h>\n"
+        "__m512i f(__m512 a);\n"
+        "__m512i f(__m512 a) { return (__m512i)_mm512_cvtne2ps_pbh(a, a); }\n",
+    ),
     "neon": (
         ([], []),
         "#include <arm_neon.h>\n"

@@ -15,23 +15,25 @@ typedef struct {
     unsigned a, b, c, d;
 } fbn_cpuid_regs;
 
-static fbn_cpuid_regs fbn_cpuid(unsigned leaf)
+static fbn_cpuid_regs fbn_cpuid_part(unsigned leaf, unsigned part)
 {
     fbn_cpuid_regs r = {0, 0, 0, 0};
 #if defined(_MSC_VER)
     int v[4];
     __cpuidex(v, 0, 0);
     if ((unsigned)v[0] >= leaf) {
-        __cpuidex(v, (int)leaf, 0);
+        __cpuidex(v, (int)leaf, (int)part);
         r = (fbn_cpuid_regs){(unsigned)v[0], (unsigned)v[1], (unsigned)v[2], (unsigned)v[3]};
     }
 #else
     if ((unsigned)__get_cpuid_max(0, NULL) >= leaf) {
-        __cpuid_count(leaf, 0, r.a, r.b, r.c, r.d);
+        __cpuid_count(leaf, part, r.a, r.b, r.c, r.d);
     }
 #endif
     return r;
 }
+
+static fbn_cpuid_regs fbn_cpuid(unsigned leaf) { return fbn_cpuid_part(leaf, 0); }
 
 /* The register files that the operating system saves: a CPU flag alone does not make a tier safe. */
 static unsigned long long fbn_saved_state(void)
@@ -67,6 +69,18 @@ static bool fbn_can_avx512(void)
     unsigned xmm_ymm_zmm = 0xe6;
     return fbn_can_avx2() && fbn_has((unsigned)fbn_saved_state(), xmm_ymm_zmm) && fbn_has(fbn_cpuid(7).b, f_dq_bw_vl);
 }
+
+static bool fbn_can_avx512_bf16(void)
+{
+    unsigned bf16 = 1u << 5;
+    return fbn_can_avx512() && fbn_cpuid(7).a >= 1 && fbn_has(fbn_cpuid_part(7, 1).a, bf16);
+}
+#endif
+
+#if defined(FBN_HAVE_AVX512_BF16)
+#define FBN_AVX512_BF16 &fbn_isa_avx512_bf16
+#else
+#define FBN_AVX512_BF16 NULL
 #endif
 
 #if defined(FBN_HAVE_AVX512)
@@ -85,28 +99,33 @@ static bool fbn_can_avx512(void)
 #define FBN_NEON NULL
 #endif
 
-enum { FBN_TIERS = 4 };
+enum { FBN_TIERS = 5 };
 
 /* Best first. A tier that is not built has no table. */
-static const fbn_isa *const fbn_tables[FBN_TIERS] = {FBN_AVX512, FBN_AVX2, FBN_NEON, &fbn_isa_scalar};
-static fbn_tier fbn_tiers[FBN_TIERS] = {
-    {"avx512", false, false}, {"avx2", false, false}, {"neon", false, false}, {"scalar", true, true}};
+static const fbn_isa *const fbn_tables[FBN_TIERS] = {FBN_AVX512_BF16, FBN_AVX512, FBN_AVX2, FBN_NEON, &fbn_isa_scalar};
+static fbn_tier fbn_tiers[FBN_TIERS] = {{"avx512_bf16", false, false},
+                                        {"avx512", false, false},
+                                        {"avx2", false, false},
+                                        {"neon", false, false},
+                                        {"scalar", true, true}};
 
 /* The tiers of this architecture, built and runnable or not. */
 #if defined(FBN_X86)
-static const bool fbn_native_tiers[FBN_TIERS] = {true, true, false, true};
+static const bool fbn_native_tiers[FBN_TIERS] = {true, true, true, false, true};
 #else
-static const bool fbn_native_tiers[FBN_TIERS] = {false, false, true, true};
+static const bool fbn_native_tiers[FBN_TIERS] = {false, false, false, true, true};
 #endif
 
-static const fbn_isa *fbn_current = &fbn_isa_scalar;
+/* The tier in use: the better ones are not, and of a dtype that it has no kernels of, the next one's serve. */
+static int fbn_current = FBN_TIERS - 1;
 
 static void fbn_probe(void)
 {
-    bool can[FBN_TIERS] = {false, false, true, true}; /* NEON is part of every AArch64 */
+    bool can[FBN_TIERS] = {false, false, false, true, true}; /* NEON is part of every AArch64 */
 #if defined(FBN_X86)
-    can[0] = fbn_can_avx512();
-    can[1] = fbn_can_avx2();
+    can[0] = fbn_can_avx512_bf16();
+    can[1] = fbn_can_avx512();
+    can[2] = fbn_can_avx2();
 #endif
     for (int i = 0; i < FBN_TIERS; i++) {
         fbn_tiers[i].built = fbn_tables[i] != NULL;
@@ -127,7 +146,7 @@ bool fbn_dispatch(const char *cap)
     while (!fbn_tiers[i].runnable) {
         i++;
     }
-    fbn_current = fbn_tables[i];
+    fbn_current = i;
     return true;
 }
 
@@ -145,6 +164,24 @@ bool fbn_follows_runs(void)
 
 const fbn_tier *fbn_tier_at(int i) { return i >= 0 && i < FBN_TIERS ? &fbn_tiers[i] : NULL; }
 
-const char *fbn_isa_name(void) { return fbn_current->name; }
+const char *fbn_isa_name(void) { return fbn_tiers[fbn_current].name; }
 
-const fbn_kernels *fbn_kernels_for(fbn_dtype dtype) { return &fbn_current->of[dtype]; }
+/* Whether the calling thread takes subnormal numbers for zeros. */
+static bool fbn_denormals_are_zeros(void)
+{
+    static const volatile float subnormal = 0x1p-130f;
+    return subnormal == 0.0f;
+}
+
+const fbn_kernels *fbn_kernels_for(fbn_dtype dtype)
+{
+    int i = fbn_current;
+    /* They look for subnormals by an instruction that would not see them. */
+    if (fbn_tables[i] == FBN_AVX512_BF16 && fbn_denormals_are_zeros()) {
+        i++;
+    }
+    while (!fbn_tiers[i].runnable || !fbn_has_kernels(fbn_tables[i], dtype)) {
+        i++;
+    }
+    return &fbn_tables[i]->of[dtype];
+}

@@ -18,6 +18,7 @@ View = Callable[[Array], Array]
 
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu")
 FLOAT32, FLOAT64, FLOAT16 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)
+BF16_ALONE = ("avx512_bf16",)  # tiers whose kernels of other dtypes are the next tier's
 DTYPES = {"f32": FLOAT32, "f64": FLOAT64, "f16": FLOAT16, "bf16": None if bfloat16 is None else np.dtype(bfloat16)}
 
 

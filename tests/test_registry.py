@@ -20,7 +20,7 @@ import fastbn
 from fastbn import _native
 
 C = Path(__file__).resolve().parent.parent / "src_c"
-KERNELS = ("scalar", "avx2", "avx512", "neon")
+KERNELS = ("scalar", "avx2", "avx512", "avx512_bf16", "neon")
 
 
 def test_tiers():
@@ -44,7 +44,7 @@ def test_every_unit_is_known_to_the_dispatch():
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86 tiers")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="gcc and clang on Linux know all tiers")
 def test_what_the_compiler_can_is_built():
-    assert _native.built_isas() == ("avx512", "avx2", "scalar")
+    assert _native.built_isas() == ("avx512_bf16", "avx512", "avx2", "scalar")
 
 
 def flags():
@@ -58,6 +58,7 @@ def test_what_the_machine_can_is_runnable():
     needs = {
         "avx2": {"avx2", "fma", "f16c"},
         "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+        "avx512_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
         "scalar": set(),
     }
     assert set(_native.isas()) == {isa for isa in _native.built_isas() if needs[isa] <= flags()}
@@ -121,7 +122,7 @@ def test_the_environment_caps_the_tier(name):
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86 tiers")
 def test_a_cap_may_be_above_what_the_machine_has():
-    run = in_a_new_process("avx512")
+    run = in_a_new_process("avx512_bf16")
     assert run.stdout.split() == [_native.isas()[0]], run.stderr
     assert "FASTBN_ISA must be one that this machine could have" in in_a_new_process("neon").stderr
 

@@ -140,15 +140,18 @@ typedef struct {
 } fbn_kernels;
 #undef FBN_FIELD
 
+/* A tier may have no kernels of a dtype: all of them are NULL then, and the next best tier's serve. */
 typedef struct {
     const char *name;
     fbn_kernels of[FBN_DTYPE_COUNT];
 } fbn_isa;
 
+static inline bool fbn_has_kernels(const fbn_isa *isa, fbn_dtype dtype) { return isa->of[dtype].copy != NULL; }
+
 /* Names read op_family_dtype_isa. */
 #define FBN_JOIN_(op, dtype, isa) op##_##dtype##_##isa
 #define FBN_JOIN(op, dtype, isa) FBN_JOIN_(op, dtype, isa)
 
-extern const fbn_isa fbn_isa_scalar, fbn_isa_avx2, fbn_isa_avx512, fbn_isa_neon;
+extern const fbn_isa fbn_isa_scalar, fbn_isa_avx2, fbn_isa_avx512, fbn_isa_avx512_bf16, fbn_isa_neon;
 
 #endif

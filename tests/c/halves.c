@@ -108,6 +108,15 @@ static void check_to(const format *type, const tier *const *tiers, int count, co
                   floats[i], got[0][i], got[1][i], want[i]);
         }
         check(same, "%s to %s", tiers[t]->kernels->name, type->name);
+        if (lanes_for(tiers[t], type)->line != NULL) {
+            _Alignas(64) uint16_t line[32];
+            lanes_for(tiers[t], type)->line(floats, line);
+            for (int i = 0; i < 32; i++) {
+                unsigned code = i < 16 ? want[i] : want[i - 16] ^ 0x8000u;
+                check(line[i] == code, "%s to a line of %s: float %08x, or its opposite, gives %04x and not %04x",
+                      tiers[t]->kernels->name, type->name, floats[i % 16], line[i], code);
+            }
+        }
     }
 }
 

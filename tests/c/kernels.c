@@ -450,7 +450,7 @@ static void draw_coefs_call(call *c, int64_t channels, rng *r)
     output_add(c, uniform, false);
 }
 
-enum { TIERS = 4 };
+enum { TIERS = 5 };
 static const tier *tiers[TIERS]; /* the scalar one first */
 static int tier_count;
 
@@ -752,6 +752,9 @@ static void compare_tiers(call *c)
     }
     for (int t = 0; t < tier_count; t++) {
         const char *name = tiers[t]->kernels->name;
+        if (!fbn_has_kernels(tiers[t]->kernels, c->dtype)) {
+            continue;
+        }
         if (!check(run(c, tiers[t], c->op->run, c->turns), "%s: %s touches memory out of bounds", text, name)) {
             continue;
         }
@@ -863,6 +866,9 @@ int main(int argc, char **argv)
 #endif
 #ifdef FBN_HAVE_AVX512
     add_tier(&tier_avx512, IS_EMULATED);
+#endif
+#ifdef FBN_HAVE_AVX512_BF16
+    add_tier(&tier_avx512_bf16, false);
 #endif
 #ifdef FBN_HAVE_NEON
     add_tier(&tier_neon, false);

@@ -29,6 +29,23 @@
 LANES(f16)
 LANES(bf16)
 
+#if defined(V_LINES_OF_BF16)
+static void line_bf16(const uint32_t *bits, uint16_t *h)
+{
+    float f[16];
+    float opposite[16];
+    memcpy(f, bits, sizeof f);
+    for (int i = 0; i < 16; i++) {
+        uint32_t other = bits[i] ^ 0x80000000u;
+        memcpy(opposite + i, &other, sizeof other);
+    }
+    v_stream_line_bf16(h, v_load_f32(f), v_load_f32(opposite));
+    v_fence();
+}
+#else
+#define line_bf16 NULL
+#endif
+
 #define TIER_(isa) tier_##isa
 #define TIER(isa) TIER_(isa)
 #define TABLE_(isa) fbn_isa_##isa
@@ -36,6 +53,6 @@ LANES(bf16)
 
 const tier TIER(FBN_ISA) = {
     .kernels = &TABLE(FBN_ISA),
-    .f16 = {from_f16, to_f16, stream_f16},
-    .bf16 = {from_bf16, to_bf16, stream_bf16},
+    .f16 = {from_f16, to_f16, stream_f16, NULL},
+    .bf16 = {from_bf16, to_bf16, stream_bf16, line_bf16},
 };
