@@ -69,6 +69,44 @@ static inline v_f64 v_select_le_f64(v_f64 x, v_f64 y, v_f64 yes, v_f64 no)
                    _mm256_blendv_pd(no.d, yes.d, _mm256_cmp_pd(x.d, y.d, _CMP_LE_OQ))};
 }
 
+/* x; 0 where x <= 0, and upper, which is above 0, where upper <= x: NaN stays. */
+static inline __m256 v_clip_eight(__m256 x, __m256 upper)
+{
+    return _mm256_min_ps(upper, _mm256_and_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NLE_UQ), x));
+}
+
+static inline __m256d v_clip_four(__m256d x, __m256d upper)
+{
+    return _mm256_min_pd(upper, _mm256_and_pd(_mm256_cmp_pd(x, _mm256_setzero_pd(), _CMP_NLE_UQ), x));
+}
+
+static inline v_f32 v_clip_f32(v_f32 x, v_f32 y) { V_MAP_F32(v_clip_eight); }
+static inline v_f64 v_clip_f64(v_f64 x, v_f64 y) { V_MAP_F64(v_clip_four); }
+
+/* x; 0 where z <= 0 or upper <= z. */
+static inline __m256 v_inside_eight(__m256 x, __m256 z, __m256 upper)
+{
+    __m256 above = _mm256_cmp_ps(z, _mm256_setzero_ps(), _CMP_NLE_UQ);
+    return _mm256_and_ps(x, _mm256_and_ps(above, _mm256_cmp_ps(upper, z, _CMP_NLE_UQ)));
+}
+
+static inline __m256d v_inside_four(__m256d x, __m256d z, __m256d upper)
+{
+    __m256d above = _mm256_cmp_pd(z, _mm256_setzero_pd(), _CMP_NLE_UQ);
+    return _mm256_and_pd(x, _mm256_and_pd(above, _mm256_cmp_pd(upper, z, _CMP_NLE_UQ)));
+}
+
+static inline v_f32 v_inside_f32(v_f32 x, v_f32 z, v_f32 upper)
+{
+    return (v_f32){v_inside_eight(x.a, z.a, upper.a), v_inside_eight(x.b, z.b, upper.b)};
+}
+
+static inline v_f64 v_inside_f64(v_f64 x, v_f64 z, v_f64 upper)
+{
+    return (v_f64){v_inside_four(x.a, z.a, upper.a), v_inside_four(x.b, z.b, upper.b),
+                   v_inside_four(x.c, z.c, upper.c), v_inside_four(x.d, z.d, upper.d)};
+}
+
 static inline unsigned v_bits_le_f32(v_f32 x, v_f32 y)
 {
     return (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_LE_OQ)) |

@@ -61,6 +61,38 @@ static inline v_f64 v_select_le_f64(v_f64 x, v_f64 y, v_f64 yes, v_f64 no)
                    _mm512_mask_blend_pd(_mm512_cmp_pd_mask(x.b, y.b, _CMP_LE_OQ), no.b, yes.b)};
 }
 
+/* x; 0 where x <= 0, and upper, which is above 0, where upper <= x: NaN stays. The table has answers for what is zero,
+ * -inf, and below zero. */
+static inline v_f32 v_clip_f32(v_f32 x, v_f32 upper)
+{
+    return _mm512_min_ps(upper, _mm512_fixupimm_ps(x, x, _mm512_set1_epi32(0x08080800), 0));
+}
+
+static inline v_f64 v_clip_f64(v_f64 x, v_f64 upper)
+{
+    const __m512i table = _mm512_set1_epi64(0x08080800);
+    return (v_f64){_mm512_min_pd(upper.a, _mm512_fixupimm_pd(x.a, x.a, table, 0)),
+                   _mm512_min_pd(upper.b, _mm512_fixupimm_pd(x.b, x.b, table, 0))};
+}
+
+/* x; 0 where z <= 0 or upper <= z. */
+static inline v_f32 v_inside_f32(v_f32 x, v_f32 z, v_f32 upper)
+{
+    __mmask16 above = _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_NLE_UQ);
+    return _mm512_maskz_mov_ps(_mm512_mask_cmp_ps_mask(above, upper, z, _CMP_NLE_UQ), x);
+}
+
+static inline __m512d v_inside_eight(__m512d x, __m512d z, __m512d upper)
+{
+    __mmask8 above = _mm512_cmp_pd_mask(z, _mm512_setzero_pd(), _CMP_NLE_UQ);
+    return _mm512_maskz_mov_pd(_mm512_mask_cmp_pd_mask(above, upper, z, _CMP_NLE_UQ), x);
+}
+
+static inline v_f64 v_inside_f64(v_f64 x, v_f64 z, v_f64 upper)
+{
+    return (v_f64){v_inside_eight(x.a, z.a, upper.a), v_inside_eight(x.b, z.b, upper.b)};
+}
+
 static inline unsigned v_bits_le_f32(v_f32 x, v_f32 y) { return _mm512_cmp_ps_mask(x, y, _CMP_LE_OQ); }
 
 static inline unsigned v_bits_le_f64(v_f64 x, v_f64 y)

@@ -78,6 +78,30 @@ static inline v_f32 v_select_le_f32(v_f32 x, v_f32 y, v_f32 yes, v_f32 no) { V_F
 static inline v_f64 v_select_le_f64(v_f64 x, v_f64 y, v_f64 yes, v_f64 no) { V_FILL_F64; }
 #undef V_EXPR
 
+/* x; 0 where x <= 0, and upper, which is above 0, where upper <= x: NaN stays. */
+#define V_EXPR(r, i)                                                                                                   \
+    vbslq_f32(vcleq_f32(upper.r, x.r), upper.r,                                                                        \
+              vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(x.r), vclezq_f32(x.r))))
+static inline v_f32 v_clip_f32(v_f32 x, v_f32 upper) { V_FILL_F32; }
+#undef V_EXPR
+#define V_EXPR(r, i)                                                                                                   \
+    vbslq_f64(vcleq_f64(upper.r, x.r), upper.r,                                                                        \
+              vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(x.r), vclezq_f64(x.r))))
+static inline v_f64 v_clip_f64(v_f64 x, v_f64 upper) { V_FILL_F64; }
+#undef V_EXPR
+
+/* x; 0 where z <= 0 or upper <= z. */
+#define V_EXPR(r, i)                                                                                                   \
+    vreinterpretq_f32_u32(                                                                                             \
+        vbicq_u32(vreinterpretq_u32_f32(x.r), vorrq_u32(vclezq_f32(z.r), vcleq_f32(upper.r, z.r))))
+static inline v_f32 v_inside_f32(v_f32 x, v_f32 z, v_f32 upper) { V_FILL_F32; }
+#undef V_EXPR
+#define V_EXPR(r, i)                                                                                                   \
+    vreinterpretq_f64_u64(                                                                                             \
+        vbicq_u64(vreinterpretq_u64_f64(x.r), vorrq_u64(vclezq_f64(z.r), vcleq_f64(upper.r, z.r))))
+static inline v_f64 v_inside_f64(v_f64 x, v_f64 z, v_f64 upper) { V_FILL_F64; }
+#undef V_EXPR
+
 /* The bit of each lane of the i-th register. */
 static inline uint32x4_t v_lanes_f32(int i)
 {

@@ -37,6 +37,14 @@ typedef struct {
     {                                                                                                                  \
         V_MAP(v_##S, a.l[i] <= b.l[i] ? yes.l[i] : no.l[i]);                                                           \
     }                                                                                                                  \
+    static inline v_##S v_clip_##S(v_##S a, v_##S upper)                                                               \
+    {                                                                                                                  \
+        V_MAP(v_##S, a.l[i] <= 0 ? 0 : upper.l[i] <= a.l[i] ? upper.l[i] : a.l[i]);                                    \
+    }                                                                                                                  \
+    static inline v_##S v_inside_##S(v_##S a, v_##S z, v_##S upper)                                                    \
+    {                                                                                                                  \
+        V_MAP(v_##S, z.l[i] <= 0 || upper.l[i] <= z.l[i] ? 0 : a.l[i]);                                                \
+    }                                                                                                                  \
     static inline unsigned v_bits_le_##S(v_##S a, v_##S b)                                                             \
     {                                                                                                                  \
         unsigned bits = 0;                                                                                             \
