@@ -235,35 +235,54 @@ static void fbn_apply_block(const fbn_pass *pass, const fbn_coef *k, int64_t row
     }
 }
 
-/* Pieces of planes, or some neighbours' planes: a call costs as much as some short ones. */
-static void fbn_apply_runs(fbn_walk *w, int64_t unit)
+/* `width` elements, from i on, of the planes of channels [first, last) of image o, and of all before (step -1) or after
+ * it (1). */
+static fbn_span fbn_planes(const fbn_pass *pass, int64_t o, int64_t step, int64_t first, int64_t last, int64_t i,
+                           int64_t width, int64_t ahead)
 {
-    const fbn_pass *pass = w->pass;
     const fbn_geometry *g = &pass->g;
-    const fbn_plan *plan = &pass->plan;
-    int64_t size = fbn_dtype_size(g->dtype);
-    int64_t sides = fbn_ceil_div(w->last - w->first, plan->side);
-    int64_t o = unit / w->pieces / sides;
-    int64_t c = w->first + unit / w->pieces % sides * plan->side;
-    int64_t i = unit % w->pieces * plan->piece;
-    uint16_t *gate = fbn_gate_at(pass, o, c);
-    fbn_span span = {
-        .x = fbn_at(&pass->x, size, o, c, i),
-        .other = fbn_at(&pass->other, size, o, c, i),
-        .y = fbn_at(&pass->y, size, o, c, i),
-        .extra = fbn_at(&pass->extra, size, o, c, i),
+    const int64_t size = fbn_dtype_size(g->dtype);
+    const int64_t words = fbn_gate_words(g);
+    uint16_t *gate = fbn_gate_at(pass, o, first);
+    return (fbn_span){
+        .x = fbn_at(&pass->x, size, o, first, i),
+        .other = fbn_at(&pass->other, size, o, first, i),
+        .y = fbn_at(&pass->y, size, o, first, i),
+        .extra = fbn_at(&pass->extra, size, o, first, i),
         .gate = gate == NULL ? NULL : gate + i / 16,
         .x_stride = pass->x.channel_stride,
         .other_stride = pass->other.channel_stride,
         .y_stride = pass->y.channel_stride,
         .extra_stride = pass->extra.channel_stride,
-        .gate_stride = fbn_gate_words(g),
-        .rows = fbn_min(plan->side, w->last - c),
-        .width = fbn_min(plan->piece, g->inner - i),
-        .ahead = w->ahead > 0 ? w->ahead * pass->x.channel_stride * size : plan->soon,
-        .other_ahead = w->ahead > 0 ? w->ahead * pass->other.channel_stride * size : plan->soon,
+        .gate_stride = words,
+        .rows = last - first,
+        .width = width,
+        .images = step < 0 ? o + 1 : g->outer - o,
+        .x_image = step * pass->x.outer_stride,
+        .other_image = step * pass->other.outer_stride,
+        .y_image = step * pass->y.outer_stride,
+        .extra_image = step * pass->extra.outer_stride,
+        .gate_image = step * words * g->channels,
+        .ahead = ahead > 0 ? ahead * pass->x.channel_stride * size : pass->plan.soon,
+        .other_ahead = ahead > 0 ? ahead * pass->other.channel_stride * size : pass->plan.soon,
         .stream = pass->plan.stream,
     };
+}
+
+/* Pieces of planes, or some neighbours' planes, of an image or some: a call costs as much as some short ones. */
+static void fbn_apply_runs(fbn_walk *w, int64_t unit)
+{
+    const fbn_pass *pass = w->pass;
+    const fbn_geometry *g = &pass->g;
+    const fbn_plan *plan = &pass->plan;
+    int64_t sides = fbn_ceil_div(w->last - w->first, plan->side);
+    int64_t o = unit / w->pieces / sides * plan->images;
+    int64_t c = w->first + unit / w->pieces % sides * plan->side;
+    int64_t i = unit % w->pieces * plan->piece;
+    int64_t images = fbn_min(plan->images, g->outer - o);
+    fbn_span span = fbn_planes(pass, plan->backwards ? o + images - 1 : o, plan->backwards ? -1 : 1, c,
+                               fbn_min(c + plan->side, w->last), i, fbn_min(plan->piece, g->inner - i), w->ahead);
+    span.images = images;
     fbn_coef k = fbn_coefs_at(w->coefs, c);
     if (pass->backward) {
         pass->kernels->backward_apply_rows(&span, &k, pass->rule);
@@ -337,7 +356,7 @@ static void fbn_walk_begin(fbn_walk *w, const fbn_pass *pass, const fbn_coefs *c
     } else {
         w->step = fbn_apply_runs;
         w->pieces = fbn_ceil_div(g->inner, plan->piece);
-        units *= g->outer;
+        units *= fbn_ceil_div(g->outer, plan->images);
     }
     units *= w->pieces;
     w->begin = fbn_part(units, part, parts);
@@ -460,28 +479,10 @@ static int64_t fbn_slab_at(const fbn_pass *pass, int64_t i)
 /* Channels [first, last) of all images, as the slab that is normalized while the next is reduced. */
 static fbn_turn fbn_turn_of(const fbn_pass *pass, const fbn_coefs *coefs, int64_t first, int64_t last, int64_t ahead)
 {
-    const fbn_geometry *g = &pass->g;
-    int64_t size = fbn_dtype_size(g->dtype);
     return (fbn_turn){
-        .span = {.x = fbn_at(&pass->x, size, 0, first, 0),
-                 .other = fbn_at(&pass->other, size, 0, first, 0),
-                 .y = fbn_at(&pass->y, size, 0, first, 0),
-                 .gate = fbn_gate_at(pass, 0, first),
-                 .x_stride = pass->x.channel_stride,
-                 .other_stride = pass->other.channel_stride,
-                 .y_stride = pass->y.channel_stride,
-                 .gate_stride = fbn_gate_words(g),
-                 .rows = last - first,
-                 .width = g->inner,
-                 .ahead = ahead > 0 ? ahead * pass->x.channel_stride * size : pass->plan.soon,
-                 .stream = pass->plan.stream},
+        .span = fbn_planes(pass, 0, 1, first, last, 0, pass->g.inner, ahead),
         .k = fbn_coefs_at(coefs, first),
         .rule = pass->rule,
-        .images = g->outer,
-        .x_image = pass->x.outer_stride,
-        .other_image = pass->other.outer_stride,
-        .y_image = pass->y.outer_stride,
-        .gate_image = fbn_gate_words(g) * g->channels,
         .each = pass->plan.turn,
         .beside = pass->plan.beside,
     };

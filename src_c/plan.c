@@ -172,6 +172,7 @@ static void fbn_choose_step(const fbn_geometry *g, fbn_plan *plan)
 {
     const int64_t parts = plan->slab != 0 ? 1 : plan->team;
     int64_t run = g->inner;
+    plan->images = 1;
     if (g->family == FBN_COLS) {
         int64_t fold = plan->panel > 0 ? plan->panel : 1;
         int64_t rows = g->outer < fold ? 1 : g->outer / fold;
@@ -186,6 +187,9 @@ static void fbn_choose_step(const fbn_geometry *g, fbn_plan *plan)
         int64_t side = fbn_clamp(fbn_min(FBN_PIECE / g->inner, g->outer * most / (parts * 4)), 1, most);
         int64_t grain = fbn_grain(g);
         plan->side = side > grain ? side / grain * grain : side;
+        if (plan->side == most) {
+            plan->images = fbn_clamp(FBN_PIECE / (most * g->inner), 1, fbn_max(g->outer / (parts > 1 ? parts * 4 : 1), 1));
+        }
     }
     plan->piece = fbn_ceil_div(fbn_ceil_div(run, fbn_ceil_div(run, FBN_PIECE)), 16) * 16;
 }

@@ -45,6 +45,8 @@ typedef struct {
     uint16_t *gate;        /* a bit an element: set where the gradient passes unscaled */
     int64_t x_stride, other_stride, y_stride, extra_stride, gate_stride;
     int64_t rows, width;                   /* rows of `width` elements: rows, applied to, planes of one channel each */
+    /* rows, applied to: the same of so many images, with strides from one to the next */
+    int64_t images, x_image, other_image, y_image, extra_image, gate_image;
     int64_t x_next, other_next, gate_next; /* rows, sums: from a channel to its neighbour */
     int64_t ahead;                         /* bytes to what is wanted in cache next; of sums, 0 for nothing */
     int64_t other_ahead;
@@ -60,12 +62,11 @@ typedef struct {
 
 /* A slab that is normalized and streamed while the moments of another are made. */
 typedef struct fbn_turn {
-    fbn_span span; /* the rows of the first image */
+    fbn_span span;
     fbn_coef k;
     fbn_gate_rule rule;
-    int64_t images, x_image, other_image, y_image, gate_image; /* strides from image to image, in units of the span's */
-    int64_t each;                                              /* elements of a turn */
-    int64_t owed;                                              /* so many are to be normalized by now */
+    int64_t each; /* elements of a turn */
+    int64_t owed; /* so many are to be normalized by now */
     int beside; /* not by turns but side by side, where a tier can and the slab is simple enough */
     fbn_place place;
 } fbn_turn;
@@ -100,7 +101,7 @@ static inline int64_t fbn_lines_bytes(int64_t channels, int64_t inner, bool wide
 {
     int64_t places = fbn_short(inner) ? fbn_tile_step(channels * inner) * 7 : 0;
     int64_t size = (int64_t)(wide ? sizeof(double) : sizeof(float));
-    return channels * (4 * 16 + 3) * (int64_t)sizeof(double) + places * size + 2 * FBN_LINE;
+    return channels * ((wide ? 4 : 2) * 16 + 3) * (int64_t)sizeof(double) + places * size + 2 * FBN_LINE;
 }
 
 #define FBN_OPS(OP)                                                                                                    \

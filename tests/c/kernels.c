@@ -246,11 +246,11 @@ RUN(normalize_cols, &c->span, &c->coef, c->rule)
 /* In pieces of all sizes; what is not streamed, and so the reference, at once. */
 static void run_normalize_some(const fbn_kernels *k, const call *c)
 {
-    fbn_turn turn = {.span = c->span, .k = c->coef, .rule = c->rule, .images = c->span.rows > 0};
+    fbn_turn turn = {.span = c->span, .k = c->coef, .rule = c->rule};
     if (!c->span.stream) {
         k->normalize_rows(&c->span, &c->coef, c->rule);
     }
-    for (int64_t i = 1; c->span.stream && turn.place.image < turn.images; i = i * 5 % 37) {
+    for (int64_t i = 1; c->span.stream && turn.place.image < turn.span.images; i = i * 5 % 37) {
         turn.owed = 16 * i;
         k->normalize_some(&turn);
     }
@@ -494,17 +494,17 @@ static void draw_slab(const call *c, rng *r)
                  .y_stride = y_stride,
                  .rows = rows,
                  .width = width,
+                 .images = rng_between(r, 1, SLAB_ROWS),
+                 .x_image = x_stride * rows + (rng_one_in(r, 2) ? 16 : 0),
+                 .y_image = simple || rng_one_in(r, 2) ? (y_image + line - 1) / line * line : y_image,
                  .ahead = rng_between(r, -100000, 100000),
                  .stream = 1},
         .k = {.neg_mean = slab.coefs[0], .scale = slab.coefs[1], .shift = slab.coefs[2]},
         .rule = {(int)rng_below(r, FBN_ACTIVATION_COUNT), 6.0, 0.25},
-        .images = rng_between(r, 1, SLAB_ROWS),
-        .x_image = x_stride * rows + (rng_one_in(r, 2) ? 16 : 0),
-        .y_image = simple || rng_one_in(r, 2) ? (y_image + line - 1) / line * line : y_image,
         .each = 16 * rng_between(r, 1, 20),
         .beside = simple || rng_one_in(r, 2),
     };
-    const int64_t reach = (t->images - 1) * t->x_image + (rows - 1) * x_stride + width;
+    const int64_t reach = (t->span.images - 1) * t->span.x_image + (rows - 1) * x_stride + width;
     char *x = arena_place(&the_memory.slab, (size_t)(reach * size), (size_t)size, c->where, r);
     for (int64_t i = 0; i < reach; i++) {
         put((int)c->dtype, x + i * size, (double)(i * 37 % 101 - 50) / 16.0);
@@ -517,10 +517,11 @@ static void draw_slab(const call *c, rng *r)
         }
     }
     memset(slab.y, 0xa5, sizeof slab.y);
-    for (int64_t image = 0; image < t->images; image++) {
+    for (int64_t image = 0; image < t->span.images; image++) {
         fbn_span s = t->span;
-        s.x = moved(s.x, image * t->x_image, (int)c->dtype);
-        s.y = moved(s.y, image * t->y_image, (int)c->dtype);
+        s.x = moved(s.x, image * s.x_image, (int)c->dtype);
+        s.y = moved(s.y, image * s.y_image, (int)c->dtype);
+        s.images = 1;
         s.stream = 0;
         tiers[0]->kernels->of[c->dtype].normalize_rows(&s, &t->k, t->rule);
     }
@@ -562,14 +563,17 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
     width = blocks ? (c->channels - 1) * x_next + inner : width;
     c->touching = op->shape == APPLIES && rng_one_in(r, 2);
     int64_t rows = draw_rows(c, width, r);
+    const int64_t images = op->rows && op->shape == APPLIES ? rng_between(r, 1, 3) : 1;
     c->channels = op->rows && op->shape == APPLIES ? rows : c->channels;
+    rows *= images; /* one under the other */
     c->x = matrix_make(&the_memory.x, type, rows, width, draw_stride(c, width, true, r), where, r);
     matrix_fill(&c->x, c->kind, r);
     c->span = (fbn_span){
         .x = c->x.data,
         .x_stride = c->x.stride,
-        .rows = rows,
+        .rows = rows / images,
         .width = inner,
+        .images = images,
         .x_next = x_next,
         .other_next = other_next,
         .ahead = rng_one_in(r, 2) ? 0 : rng_between(r, -100000, 100000),
@@ -600,6 +604,12 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
     }
     if (op->shape == APPLIES) {
         draw_apply_outputs(c, rows, r);
+        fbn_span *s = &c->span;
+        s->x_image = s->rows * s->x_stride;
+        s->other_image = s->rows * s->other_stride;
+        s->y_image = s->rows * s->y_stride;
+        s->extra_image = s->rows * s->extra_stride;
+        s->gate_image = s->rows * s->gate_stride;
         return;
     }
     if (op->shape == SUMS) {
@@ -622,9 +632,9 @@ static void describe(const call *c, char *text, size_t size)
     static const char *const aliases[] = {"", ", over x", ", over other", ", over both"};
     const fbn_span *s = &c->span;
     snprintf(text, size,
-             "%s %s, %lld x %lld, %lld channels, strides %lld %lld %lld %lld, at %s, %s, %s%s%s%s%s%s, blocks %lld to "
+             "%s %s, %lld x %lld x %lld, %lld channels, strides %lld %lld %lld %lld, at %s, %s, %s%s%s%s%s%s, blocks %lld to "
              "%lld of %lld",
-             c->op->name, dtype_names[c->dtype], (long long)s->rows, (long long)s->width, (long long)c->channels,
+             c->op->name, dtype_names[c->dtype], (long long)s->images, (long long)s->rows, (long long)s->width, (long long)c->channels,
              (long long)s->x_stride, (long long)s->other_stride, (long long)s->y_stride, (long long)s->extra_stride,
              places[c->where], number_names[c->kind], activation_names[c->rule.kind], s->gate == NULL ? "" : ", gate",
              s->other == NULL ? "" : ", other", s->extra == NULL ? "" : ", extra", s->stream ? ", streaming" : "",
@@ -657,7 +667,7 @@ static bool is_late(const call *c)
     const fbn_turn *t = &slab.turn;
     const bool all = c->first == 0 && c->last == c->blocks.count;
     const int64_t done = turn_done(t);
-    const int64_t left = t->images * t->span.rows * t->span.width - done;
+    const int64_t left = t->span.images * t->span.rows * t->span.width - done;
     const bool unpaid = t->owed >= fbn_max(t->each, 64) || done + t->owed < s->rows * s->width * c->channels;
     return all && !fbn_short(s->width) && left > 128 && unpaid;
 }
@@ -677,7 +687,7 @@ static call part_of(const call *c, int64_t i)
     const bool applies = c->op->shape == APPLIES;
     const bool rows = c->op->rows;
     const int type = (int)c->dtype;
-    const int64_t channel = rows ? i : applies ? 0 : 16 * i;
+    const int64_t channel = rows ? (applies ? i % s->rows : i) : applies ? 0 : 16 * i;
     s->x = moved(s->x, i * (applies ? s->x_stride : rows ? s->x_next : 16), type);
     s->other = moved(s->other, i * (applies ? s->other_stride : rows ? s->other_next : 16), type);
     s->y = moved(s->y, i * s->y_stride, type);
@@ -687,7 +697,7 @@ static call part_of(const call *c, int64_t i)
         *coef_at(&part.coef, k) = moved(*coef_at(&part.coef, k), channel, coef_type(c));
     }
     if (applies) {
-        s->rows = 1;
+        s->rows = s->images = 1;
         s->stream = 0;
         return part;
     }
@@ -707,7 +717,7 @@ static void run_parts(const fbn_kernels *k, const call *c)
         op->run(k, c);
         return;
     }
-    const int64_t parts = op->shape == APPLIES ? c->span.rows : op->rows ? c->channels : fbn_ceil_div(c->channels, 16);
+    const int64_t parts = op->shape == APPLIES ? c->span.images * c->span.rows : op->rows ? c->channels : fbn_ceil_div(c->channels, 16);
     for (int64_t i = 0; i < parts; i++) {
         const call part = part_of(c, i);
         op->run(k, &part);
