@@ -98,7 +98,7 @@ cdef extern from "plan.h" nogil:
         int tensors
     ctypedef struct fbn_plan:
         int team
-        int64_t slab, slabs, grain, tile, panel, side, piece, turn, ahead, soon, fetch
+        int64_t slab, slabs, grain, tile, panel, side, piece, images, turn, ahead, soon, fetch
         bint stream, backwards, beside
     fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *machine)
     void fbn_machine_init(bint follows)
@@ -1443,7 +1443,7 @@ def plan(str op, str dtype, str family, outer, channels, inner, threads, gated=F
         m.follows = machine.get("follows", False)
     p = fbn_make_plan(&g, &call, &m)
     return {"team": p.team, "slab": p.slab, "slabs": p.slabs, "grain": p.grain, "tile": p.tile, "panel": p.panel,
-            "side": p.side, "piece": p.piece, "turn": p.turn, "ahead": p.ahead, "soon": p.soon,
+            "side": p.side, "piece": p.piece, "images": p.images, "turn": p.turn, "ahead": p.ahead, "soon": p.soon,
             "fetch": p.fetch, "stream": bool(p.stream),
             "beside": bool(p.beside), "backwards": bool(p.backwards)}
 

@@ -307,8 +307,8 @@ def test_slabs_are_even(dtype):
 
 
 def test_what_an_apply_step_covers():
-    """Red with a step that cuts a line or a word of the gate in two, panels that are not shared among the threads, or
-    turns of another size.
+    """Red with a step that cuts a line or a word of the gate in two, panels that are not shared among the threads,
+    images that are not, or one at a time, or turns of another size.
     """
     machine = {"l2": 1 << 20, "l3": 1 << 30}
     sizes = itertools.product(["forward", "normalize"], [3, 500, 4096], [7, 49, 784, 3001, 65537])
@@ -324,6 +324,14 @@ def test_what_an_apply_step_covers():
             assert p["piece"] % 16 == 0
             assert p["side"] * min(p["piece"], inner) <= 1 << 16
             assert p["side"] == 1 or p["piece"] >= inner
+        assert 1 <= p["images"] <= 64
+        if p["images"] > 1:
+            assert not p["panel"]
+            assert p["side"] == (p["slab"] or channels)
+            assert p["images"] * p["side"] * inner <= 1 << 16
+            assert p["slab"] or p["team"] == 1 or p["team"] * 4 * p["images"] <= 64
+    for channels, inner, images in ((4096, 49, 64), (4096, 784, 64), (64, 12544, 5)):
+        assert _native.plan("backward", "float32", "rows", 64, channels, inner, 1, machine=machine)["images"] == images
     for channels in (10, 1000, 100_000):
         p = _native.plan("normalize", "float32", "cols", 10_000, channels, 1, 2, machine=machine)
         assert p["piece"] % 16 == 0
