@@ -188,7 +188,8 @@ static void fbn_choose_step(const fbn_geometry *g, fbn_plan *plan)
         int64_t grain = fbn_grain(g);
         plan->side = side > grain ? side / grain * grain : side;
         if (plan->side == most) {
-            plan->images = fbn_clamp(FBN_PIECE / (most * g->inner), 1, fbn_max(g->outer / (parts > 1 ? parts * 4 : 1), 1));
+            plan->images =
+                fbn_clamp(FBN_PIECE / (most * g->inner), 1, fbn_max(g->outer / (parts > 1 ? parts * 4 : 1), 1));
         }
     }
     plan->piece = fbn_ceil_div(fbn_ceil_div(run, fbn_ceil_div(run, FBN_PIECE)), 16) * 16;

@@ -44,7 +44,7 @@ typedef struct {
     void *y, *extra;       /* extra: the dresidual of backward_apply */
     uint16_t *gate;        /* a bit an element: set where the gradient passes unscaled */
     int64_t x_stride, other_stride, y_stride, extra_stride, gate_stride;
-    int64_t rows, width;                   /* rows of `width` elements: rows, applied to, planes of one channel each */
+    int64_t rows, width; /* rows of `width` elements: rows, applied to, planes of one channel each */
     /* rows, applied to: the same of so many images, with strides from one to the next */
     int64_t images, x_image, other_image, y_image, extra_image, gate_image;
     int64_t x_next, other_next, gate_next; /* rows, sums: from a channel to its neighbour */
@@ -67,7 +67,7 @@ typedef struct fbn_turn {
     fbn_gate_rule rule;
     int64_t each; /* elements of a turn */
     int64_t owed; /* so many are to be normalized by now */
-    int beside; /* not by turns but side by side, where a tier can and the slab is simple enough */
+    int beside;   /* not by turns but side by side, where a tier can and the slab is simple enough */
     fbn_place place;
 } fbn_turn;
 

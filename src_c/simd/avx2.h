@@ -103,8 +103,8 @@ static inline v_f32 v_inside_f32(v_f32 x, v_f32 z, v_f32 upper)
 
 static inline v_f64 v_inside_f64(v_f64 x, v_f64 z, v_f64 upper)
 {
-    return (v_f64){v_inside_four(x.a, z.a, upper.a), v_inside_four(x.b, z.b, upper.b),
-                   v_inside_four(x.c, z.c, upper.c), v_inside_four(x.d, z.d, upper.d)};
+    return (v_f64){v_inside_four(x.a, z.a, upper.a), v_inside_four(x.b, z.b, upper.b), v_inside_four(x.c, z.c, upper.c),
+                   v_inside_four(x.d, z.d, upper.d)};
 }
 
 static inline unsigned v_bits_le_f32(v_f32 x, v_f32 y)

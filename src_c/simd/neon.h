@@ -92,13 +92,11 @@ static inline v_f64 v_clip_f64(v_f64 x, v_f64 upper) { V_FILL_F64; }
 
 /* x; 0 where z <= 0 or upper <= z. */
 #define V_EXPR(r, i)                                                                                                   \
-    vreinterpretq_f32_u32(                                                                                             \
-        vbicq_u32(vreinterpretq_u32_f32(x.r), vorrq_u32(vclezq_f32(z.r), vcleq_f32(upper.r, z.r))))
+    vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(x.r), vorrq_u32(vclezq_f32(z.r), vcleq_f32(upper.r, z.r))))
 static inline v_f32 v_inside_f32(v_f32 x, v_f32 z, v_f32 upper) { V_FILL_F32; }
 #undef V_EXPR
 #define V_EXPR(r, i)                                                                                                   \
-    vreinterpretq_f64_u64(                                                                                             \
-        vbicq_u64(vreinterpretq_u64_f64(x.r), vorrq_u64(vclezq_f64(z.r), vcleq_f64(upper.r, z.r))))
+    vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(x.r), vorrq_u64(vclezq_f64(z.r), vcleq_f64(upper.r, z.r))))
 static inline v_f64 v_inside_f64(v_f64 x, v_f64 z, v_f64 upper) { V_FILL_F64; }
 #undef V_EXPR
 

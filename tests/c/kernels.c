@@ -14,6 +14,9 @@
 #include "simd/half.h"
 #include "turns.h"
 
+#ifdef FBN_HAVE_AVX512_BF16
+#include <immintrin.h>
+#endif
 #include <float.h>
 #include <math.h>
 #include <stdio.h>
@@ -632,13 +635,15 @@ static void describe(const call *c, char *text, size_t size)
     static const char *const aliases[] = {"", ", over x", ", over other", ", over both"};
     const fbn_span *s = &c->span;
     snprintf(text, size,
-             "%s %s, %lld x %lld x %lld, %lld channels, strides %lld %lld %lld %lld, at %s, %s, %s%s%s%s%s%s, blocks %lld to "
+             "%s %s, %lld x %lld x %lld, %lld channels, strides %lld %lld %lld %lld, at %s, %s, %s%s%s%s%s%s, blocks "
+             "%lld to "
              "%lld of %lld",
-             c->op->name, dtype_names[c->dtype], (long long)s->images, (long long)s->rows, (long long)s->width, (long long)c->channels,
-             (long long)s->x_stride, (long long)s->other_stride, (long long)s->y_stride, (long long)s->extra_stride,
-             places[c->where], number_names[c->kind], activation_names[c->rule.kind], s->gate == NULL ? "" : ", gate",
-             s->other == NULL ? "" : ", other", s->extra == NULL ? "" : ", extra", s->stream ? ", streaming" : "",
-             aliases[c->in_place], (long long)c->first, (long long)c->last, (long long)c->blocks.count);
+             c->op->name, dtype_names[c->dtype], (long long)s->images, (long long)s->rows, (long long)s->width,
+             (long long)c->channels, (long long)s->x_stride, (long long)s->other_stride, (long long)s->y_stride,
+             (long long)s->extra_stride, places[c->where], number_names[c->kind], activation_names[c->rule.kind],
+             s->gate == NULL ? "" : ", gate", s->other == NULL ? "" : ", other", s->extra == NULL ? "" : ", extra",
+             s->stream ? ", streaming" : "", aliases[c->in_place], (long long)c->first, (long long)c->last,
+             (long long)c->blocks.count);
 }
 
 /* ---- the comparison ---- */
@@ -717,7 +722,9 @@ static void run_parts(const fbn_kernels *k, const call *c)
         op->run(k, c);
         return;
     }
-    const int64_t parts = op->shape == APPLIES ? c->span.images * c->span.rows : op->rows ? c->channels : fbn_ceil_div(c->channels, 16);
+    const int64_t parts = op->shape == APPLIES ? c->span.images * c->span.rows
+                          : op->rows           ? c->channels
+                                               : fbn_ceil_div(c->channels, 16);
     for (int64_t i = 0; i < parts; i++) {
         const call part = part_of(c, i);
         op->run(k, &part);
@@ -859,6 +866,24 @@ static void add_tier(const tier *t, bool emulated)
     }
 }
 
+/* A tier of one dtype leaves the others to the next, and its own, too, where a caller takes subnormals for zeros. */
+static void check_serving(void)
+{
+#ifdef FBN_HAVE_AVX512_BF16
+    const fbn_isa *tier = &fbn_isa_avx512_bf16;
+    const fbn_isa *next = &fbn_isa_avx512;
+    if (is_runnable(tier->name)) {
+        const unsigned mode = _mm_getcsr();
+        check(fbn_kernels_for(FBN_BF16) == &tier->of[FBN_BF16], "bf16 is not by %s", tier->name);
+        check(fbn_kernels_for(FBN_F32) == &next->of[FBN_F32], "f32 is not by %s", next->name);
+        _mm_setcsr(mode | 0x40);
+        const fbn_kernels *flushing = fbn_kernels_for(FBN_BF16);
+        _mm_setcsr(mode);
+        check(flushing == &next->of[FBN_BF16], "bf16 is not by %s where subnormals are zeros", next->name);
+    }
+#endif
+}
+
 #ifdef EMULATED
 enum { IS_EMULATED = true };
 #else
@@ -886,6 +911,7 @@ int main(int argc, char **argv)
     check(tier_count > 1, "there is no tier to compare with the scalar one");
     make_memory();
     check_catch_faults();
+    check_serving();
     check_halves(tiers, tier_count, seed, thoroughness);
     check_kernels(seed, thoroughness);
     check_turns();
