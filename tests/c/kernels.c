@@ -471,6 +471,8 @@ enum {
 };
 static struct {
     _Alignas(64) char y[SLAB_SIZE], expected[SLAB_SIZE];
+    uint16_t gate[SLAB_ROWS * SLAB_ROWS * (SLAB_WIDTH / 16 + 1)],
+        expected_gate[SLAB_ROWS * SLAB_ROWS * (SLAB_WIDTH / 16 + 1)];
     _Alignas(64) double coefs[3][SLAB_ROWS];
     fbn_turn turn;
     bool late; /* less was normalized beside a call than it summed */
@@ -513,6 +515,17 @@ static void draw_slab(const call *c, rng *r)
         put((int)c->dtype, x + i * size, (double)(i * 37 % 101 - 50) / 16.0);
     }
     t->span.x = x;
+    if (rng_one_in(r, 2)) {
+        t->span.other = x; /* as good as any: it is read, and lies between pages that cannot be */
+        t->span.other_stride = t->span.x_stride;
+        t->span.other_image = t->span.x_image;
+        t->span.other_ahead = rng_between(r, -100000, 100000);
+    }
+    if (t->span.other != NULL && t->rule.kind != FBN_IDENTITY && rng_one_in(r, 2)) {
+        t->span.gate = slab.gate;
+        t->span.gate_stride = fbn_ceil_div(width, 16);
+        t->span.gate_image = rows * t->span.gate_stride;
+    }
     for (int64_t i = 0; i < SLAB_ROWS; i++) {
         for (int k = 0; k < 3; k++) {
             char *coef = (char *)slab.coefs[k] + (size_t)i * size_of(coef_type(c));
@@ -520,15 +533,19 @@ static void draw_slab(const call *c, rng *r)
         }
     }
     memset(slab.y, 0xa5, sizeof slab.y);
+    memset(slab.gate, 0xa5, sizeof slab.gate);
     for (int64_t image = 0; image < t->span.images; image++) {
         fbn_span s = t->span;
         s.x = moved(s.x, image * s.x_image, (int)c->dtype);
         s.y = moved(s.y, image * s.y_image, (int)c->dtype);
+        s.other = moved(s.other, image * s.other_image, (int)c->dtype);
+        s.gate = moved(s.gate, image * s.gate_image, BITS);
         s.images = 1;
         s.stream = 0;
         tiers[0]->kernels->of[c->dtype].normalize_rows(&s, &t->k, t->rule);
     }
     memcpy(slab.expected, slab.y, sizeof slab.y);
+    memcpy(slab.expected_gate, slab.gate, sizeof slab.gate);
 }
 
 static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t width, place where, rng *r)
@@ -738,6 +755,7 @@ static bool run(call *c, const tier *t, void (*how)(const fbn_kernels *, const c
     slab.turn.place = (fbn_place){0};
     slab.turn.owed = 0;
     memset(slab.y, 0xa5, turns ? sizeof slab.y : 0);
+    memset(slab.gate, 0xa5, turns ? sizeof slab.gate : 0);
     for (int i = 0; i < c->output_count; i++) {
         output_reset(&c->outputs[i]);
     }
@@ -778,6 +796,8 @@ static void compare_tiers(call *c)
         check(!c->turns || !slab.late, "%s: %s normalizes less than it sums", text, name);
         check(!c->turns || memcmp(slab.y, slab.expected, sizeof slab.y) == 0, "%s: %s normalizes wrongly meanwhile",
               text, name);
+        check(!c->turns || memcmp(slab.gate, slab.expected_gate, sizeof slab.gate) == 0,
+              "%s: %s writes another gate meanwhile", text, name);
         for (int i = 0; i < c->output_count; i++) {
             const output *o = &c->outputs[i];
             int64_t at = output_difference(o, nans_alike);

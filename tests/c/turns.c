@@ -96,7 +96,9 @@ void check_turns(void)
         const int64_t *s = shapes[i];
         check_shape(s[0], s[1], s[2], 0, false);
         check_shape(s[0], s[1], s[2], 16, false);
-        check_shape(s[0], s[1], s[2], 0, true);
+        if (!fbn_short(s[2])) {
+            check_shape(s[0], s[1], s[2], 0, true);
+        }
     }
     check_shape(32, 256, 196, 0, false); /* rows that end within a vector */
 }

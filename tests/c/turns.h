@@ -7,12 +7,12 @@
 void check_turns(void);
 
 /* Elements of a turn's slab that are normalized: a place counts from where its run begins, which is an image's first
- * row where rows touch. */
+ * row where rows touch and there is no gate. */
 static inline int64_t turn_done(const fbn_turn *t)
 {
     const fbn_place *p = &t->place;
     const int64_t before = p->row * t->span.width;
-    return p->image * t->span.rows * t->span.width + (p->at < before ? before : 0) + p->at;
+    return p->image * t->span.rows * t->span.width + (p->at < before || t->span.gate != NULL ? before : 0) + p->at;
 }
 
 #endif
