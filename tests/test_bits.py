@@ -264,6 +264,8 @@ def test_what_takes_turns():
         assert p["slab"] == 1 or p["slab"] * inner * 32 * 4 * 3 <= machine["l2"]
         assert p["tile"] == p["slab"]
         assert p["side"] * inner % 16 == 0
+        p = plan("forward", channels, inner, residual=True)
+        assert (p["turn"], p["beside"]) == ((4096, True) if inner != 49 else (0, False)), "where they cost more"
         p = plan("backward", channels, inner)
         assert not p["turn"]
         assert not p["beside"]
@@ -339,7 +341,7 @@ def test_what_an_apply_step_covers():
         assert p["side"] == 1 or 1 << 15 < p["side"] * channels * max(p["panel"], 1) * 4 <= 1 << 16
 
 
-@pytest.mark.parametrize("planes", ["long", "even", "short", "tiny"])
+@pytest.mark.parametrize("planes", ["long", "words", "even", "short", "tiny"])
 def test_past_the_cache(planes, dtype, layout, rng):
     """A tensor so large that results are streamed to memory, against its quarters, which are small enough not to be.
 
@@ -351,6 +353,7 @@ def test_past_the_cache(planes, dtype, layout, rng):
     elements = most // dtype.itemsize
     shape = {
         "long": (6, 16, elements // 96 + 5),
+        "words": (32, elements // (32 * 784) + 3, 784),  # of a gate
         "even": (32, (elements // (32 * 196) // 16 + 1) * 16, 196),
         "short": (32, (elements // (32 * 49) // 16 + 1) * 16, 49),
         "tiny": (32, elements // (32 * 25) // 2 * 2 + 3, 25),  # no image ends with a cache line
@@ -368,7 +371,7 @@ def test_past_the_cache(planes, dtype, layout, rng):
         assert plan(channels, inner, 2)["stream"]
         panels = axis == 1 and inner * dtype.itemsize < 64
         assert (plan(channels, inner, 2)["turn"] > 0) == (op == "forward" and axis == 1 and not panels)
-        beside = op == "forward" and axis == 1 and planes in ("long", "even") and not machine["follows"]
+        beside = op == "forward" and axis == 1 and planes in ("long", "words", "even") and not machine["follows"]
         assert plan(channels, inner, 2)["beside"] == beside
         assert not plan(channels - 3 * quarter, inner, 2)["stream"]
     parts = [slice(0, quarter), slice(quarter, 2 * quarter), slice(2 * quarter, 3 * quarter), slice(3 * quarter, None)]
@@ -379,14 +382,19 @@ def test_past_the_cache(planes, dtype, layout, rng):
         with fastbn.num_threads(2):
             y, saved = fastbn.batch_norm_forward(one, weight[p], bias[p], **options)
             z = fastbn.normalize(one, saved.mean, saved.var, weight[p], bias[p], channel_axis=axis)
-            pieces.append((y, z, fastbn.batch_norm_backward(dy, one, saved, weight[p], bias[p])[0]))
+            dx = fastbn.batch_norm_backward(dy, one, saved, weight[p], bias[p])[0]
+            added, saved = fastbn.batch_norm_forward(one, weight[p], bias[p], residual=dy, **options)
+            gated = fastbn.batch_norm_backward(dy, one, saved, weight[p], bias[p])
+            pieces.append((y, z, dx, added, gated[0], gated[3]))
     expected = [np.concatenate(c, axis=axis) for c in zip(*pieces, strict=True)]
     for team in (1, 2, 3):
         with fastbn.num_threads(team):
             y, saved = fastbn.batch_norm_forward(x, weight, bias, **options)
             z = fastbn.normalize(x, saved.mean, saved.var, weight, bias, channel_axis=axis)
             dx = fastbn.batch_norm_backward(grad_output, x, saved, weight, bias)[0]
-        for found, wanted in zip((y, z, dx), expected, strict=True):
+            added, saved = fastbn.batch_norm_forward(x, weight, bias, residual=grad_output, **options)
+            gated = fastbn.batch_norm_backward(grad_output, x, saved, weight, bias)
+        for found, wanted in zip((y, z, dx, added, gated[0], gated[3]), expected, strict=True):
             assert arrays.same_bytes(found, wanted)
     y = fastbn.batch_norm_forward(arrays.misaligned(x), weight, bias, out=arrays.misaligned(x), **options)[0]
     assert arrays.same_bytes(y, expected[0])
