@@ -116,7 +116,7 @@ static const bool fbn_native_tiers[FBN_TIERS] = {true, true, true, false, true};
 static const bool fbn_native_tiers[FBN_TIERS] = {false, false, false, true, true};
 #endif
 
-/* The tier in use: the better ones are not, and of a dtype that it has no kernels of, the next one's serve. */
+/* Which tier is in use. Where it has no kernels of a dtype, those of the next that runs here serve. */
 static int fbn_current = FBN_TIERS - 1;
 
 static void fbn_probe(void)
@@ -176,7 +176,8 @@ static bool fbn_denormals_are_zeros(void)
 const fbn_kernels *fbn_kernels_for(fbn_dtype dtype)
 {
     int i = fbn_current;
-    /* They look for subnormals by an instruction that would not see them. */
+    /* Its kernels look for subnormals by an instruction that may see none then. To ask the caller will do, for the team
+     * works in the caller's environment. */
     if (fbn_tables[i] == FBN_AVX512_BF16 && fbn_denormals_are_zeros()) {
         i++;
     }

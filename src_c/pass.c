@@ -235,10 +235,10 @@ static void fbn_apply_block(const fbn_pass *pass, const fbn_coef *k, int64_t row
     }
 }
 
-/* `width` elements, from i on, of the planes of channels [first, last) of image o, and of all before (step -1) or after
- * it (1). */
-static fbn_span fbn_planes(const fbn_pass *pass, int64_t o, int64_t step, int64_t first, int64_t last, int64_t i,
-                           int64_t width, int64_t ahead)
+/* `width` elements, from i on, of the planes of channels [first, last) of so many images, from o on by steps of 1 or
+ * -1. */
+static fbn_span fbn_planes(const fbn_pass *pass, int64_t o, int64_t images, int64_t step, int64_t first, int64_t last,
+                           int64_t i, int64_t width, int64_t ahead)
 {
     const fbn_geometry *g = &pass->g;
     const int64_t size = fbn_dtype_size(g->dtype);
@@ -257,7 +257,7 @@ static fbn_span fbn_planes(const fbn_pass *pass, int64_t o, int64_t step, int64_
         .gate_stride = words,
         .rows = last - first,
         .width = width,
-        .images = step < 0 ? o + 1 : g->outer - o,
+        .images = images,
         .x_image = step * pass->x.outer_stride,
         .other_image = step * pass->other.outer_stride,
         .y_image = step * pass->y.outer_stride,
@@ -280,9 +280,8 @@ static void fbn_apply_runs(fbn_walk *w, int64_t unit)
     int64_t c = w->first + unit / w->pieces % sides * plan->side;
     int64_t i = unit % w->pieces * plan->piece;
     int64_t images = fbn_min(plan->images, g->outer - o);
-    fbn_span span = fbn_planes(pass, plan->backwards ? o + images - 1 : o, plan->backwards ? -1 : 1, c,
+    fbn_span span = fbn_planes(pass, plan->backwards ? o + images - 1 : o, images, plan->backwards ? -1 : 1, c,
                                fbn_min(c + plan->side, w->last), i, fbn_min(plan->piece, g->inner - i), w->ahead);
-    span.images = images;
     fbn_coef k = fbn_coefs_at(w->coefs, c);
     if (pass->backward) {
         pass->kernels->backward_apply_rows(&span, &k, pass->rule);
@@ -480,7 +479,7 @@ static int64_t fbn_slab_at(const fbn_pass *pass, int64_t i)
 static fbn_turn fbn_turn_of(const fbn_pass *pass, const fbn_coefs *coefs, int64_t first, int64_t last, int64_t ahead)
 {
     return (fbn_turn){
-        .span = fbn_planes(pass, 0, 1, first, last, 0, pass->g.inner, ahead),
+        .span = fbn_planes(pass, 0, pass->g.outer, 1, first, last, 0, pass->g.inner, ahead),
         .k = fbn_coefs_at(coefs, first),
         .rule = pass->rule,
         .each = pass->plan.turn,

@@ -41,7 +41,7 @@ typedef struct {
     int64_t side;   /* what one apply step covers: rows: neighbours, one run where they touch; cols: rows, or panels.
                      * With turns there are no such steps */
     int64_t piece;  /* and so much of each: elements; rows in panels: images */
-    int64_t images; /* rows, no panels: of so many images */
+    int64_t images; /* and of so many images; of panels, and in the cols family, 1 */
     int64_t turn;   /* so many elements of a slab are applied after as many of the next are reduced; 0: no turns */
     bool beside;    /* with turns: side by side instead, where a kernel can */
     bool stream;    /* the output is written past the cache */

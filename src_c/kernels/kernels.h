@@ -97,11 +97,12 @@ static inline int64_t fbn_columns_bytes(int64_t columns)
 {
     return fbn_tile_step(columns) * 7 * (int64_t)sizeof(double) + FBN_LINE;
 }
+#define FBN_PAIR_DOUBLES(wide) (((wide) ? 4 : 2) * 16) /* two sums in 16 lanes, and what float64 rounds away */
 static inline int64_t fbn_lines_bytes(int64_t channels, int64_t inner, bool wide)
 {
     int64_t places = fbn_short(inner) ? fbn_tile_step(channels * inner) * 7 : 0;
     int64_t size = (int64_t)(wide ? sizeof(double) : sizeof(float));
-    return channels * ((wide ? 4 : 2) * 16 + 3) * (int64_t)sizeof(double) + places * size + 2 * FBN_LINE;
+    return channels * (FBN_PAIR_DOUBLES(wide) + 3) * (int64_t)sizeof(double) + places * size + 2 * FBN_LINE;
 }
 
 #define FBN_OPS(OP)                                                                                                    \

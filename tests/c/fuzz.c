@@ -170,6 +170,9 @@ static fbn_machine machine;
     SEEN(uneven_slabs, plan.slabs > 1 && g->channels % plan.slab != 0)                                                 \
     SEEN(sweeps, plan.slab == 0 && (call->op == FBN_PLAN_FORWARD || call->op == FBN_PLAN_BACKWARD))                    \
     SEEN(sides, plan.side > 1 && call->adjacent && g->family == FBN_ROWS)                                              \
+    SEEN(images, plan.images > 1)                                                                                      \
+    SEEN(uneven_images, plan.images > 1 && g->outer % plan.images != 0)                                                \
+    SEEN(images_backwards, plan.images > 1 && plan.backwards)                                                          \
     SEEN(pieces, plan.piece < (g->family == FBN_COLS ? g->channels : plan.panel > 0 ? g->outer : g->inner))            \
     SEEN(panels_of_planes, plan.panel > 0 && g->family == FBN_ROWS)                                                    \
     SEEN(panels_of_rows, plan.panel > 0 && g->family == FBN_COLS)                                                      \
@@ -194,6 +197,7 @@ fbn_plan __wrap_fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const
     fbn_plan plan = __real_fbn_make_plan(g, call, &machine);
     plan.turn = plan.turn > 0 ? 48 : 0; /* these tensors are small, and turns are to end in the middle of rows */
 #define SEE(what, condition) seen.what += (condition) ? 1 : 0;
+    plan.images = fbn_min(plan.images, 3); /* few images are more than one step has */
     DECISIONS(SEE)
     seen.plans++;
     return plan;

@@ -296,7 +296,7 @@ static const char *const activation_names[] = {"identity", "relu", "relu6", "lea
 
 /* Arenas: each buffer of a call has one of its own. */
 typedef struct {
-    arena x, other, gate, coefs[7], means, tile, y, extra, stats[3], slab;
+    arena x, other, gate, coefs[7], means, tile, y, extra, stats[3], slab, residual;
 } memory;
 
 static memory the_memory;
@@ -516,9 +516,17 @@ static void draw_slab(const call *c, rng *r)
     }
     t->span.x = x;
     if (rng_one_in(r, 2)) {
-        t->span.other = x; /* as good as any: it is read, and lies between pages that cannot be */
-        t->span.other_stride = t->span.x_stride;
-        t->span.other_image = t->span.x_image;
+        const int64_t gap = rng_one_in(r, 2) ? 0 : rng_between(r, 1, 20);
+        const int64_t stride = width + (simple ? 0 : gap);
+        const int64_t image = stride * rows + gap;
+        const int64_t long_way = (t->span.images - 1) * image + (rows - 1) * stride + width;
+        char *other = arena_place(&the_memory.residual, (size_t)(long_way * size), (size_t)size, c->where, r);
+        for (int64_t i = 0; i < long_way; i++) {
+            put((int)c->dtype, other + i * size, (double)(i * 53 % 97 - 40) / 16.0);
+        }
+        t->span.other = other;
+        t->span.other_stride = stride;
+        t->span.other_image = image;
         t->span.other_ahead = rng_between(r, -100000, 100000);
     }
     if (t->span.other != NULL && t->rule.kind != FBN_IDENTITY && rng_one_in(r, 2)) {
@@ -855,7 +863,7 @@ static void make_memory(void)
 {
     memory *m = &the_memory;
     arena *all[] = {&m->x,     &m->other,    &m->gate,     &m->means,    &m->tile, &m->y,
-                    &m->extra, &m->stats[0], &m->stats[1], &m->stats[2], &m->slab};
+                    &m->extra, &m->stats[0], &m->stats[1], &m->stats[2], &m->slab, &m->residual};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         *all[i] = arena_make(ARENA_BYTES);
     }
@@ -889,7 +897,7 @@ static void add_tier(const tier *t, bool emulated)
 /* A tier of one dtype leaves the others to the next, and its own, too, where a caller takes subnormals for zeros. */
 static void check_serving(void)
 {
-#ifdef FBN_HAVE_AVX512_BF16
+#if defined(FBN_HAVE_AVX512_BF16) && defined(FBN_HAVE_AVX512)
     const fbn_isa *tier = &fbn_isa_avx512_bf16;
     const fbn_isa *next = &fbn_isa_avx512;
     if (is_runnable(tier->name)) {

@@ -97,28 +97,60 @@ static inline __m256i emulate_cvtps_ph(__m512 v, int rounding)
                             _mm256_cvtps_ph(half[0], _MM_FROUND_TO_NEAREST_INT));
 }
 
-/* Of a table that makes NaNs of `from` quiet and leaves all else as in `to`: SIMDe makes every NaN the same. */
+/* Of two tables: one that makes NaNs of `from` quiet and leaves all else as in `to`, and one that makes 0 of what is
+ * not above 0. SIMDe makes every NaN the same, and takes subnormals for zeros. */
+enum { QUIET_NANS = 0x22, ZERO_BELOW = 0x08080800 };
+
 static inline __m512 emulate_fixupimm_ps(__m512 to, __m512 from, __m512i table, int flags)
 {
-    enum { QUIET_NANS = 0x22 };
     uint32_t r[16], x[16], what[16];
     memcpy(r, &to, sizeof r);
     memcpy(x, &from, sizeof x);
     memcpy(what, &table, sizeof what);
     for (int i = 0; i < 16; i++) {
-        if (what[i] != QUIET_NANS || flags != 0) {
+        const int is_nan = (x[i] & 0x7fffffffu) > 0x7f800000u;
+        if ((what[i] != QUIET_NANS && what[i] != ZERO_BELOW) || flags != 0) {
             __builtin_trap();
         }
-        r[i] = (x[i] & 0x7fffffffu) > 0x7f800000u ? x[i] | 0x400000u : r[i];
+        if (what[i] == QUIET_NANS) {
+            r[i] = is_nan ? x[i] | 0x400000u : r[i];
+        } else {
+            r[i] = !is_nan && (x[i] >= 0x80000000u || x[i] == 0) ? 0 : r[i];
+        }
     }
     memcpy(&to, r, sizeof to);
     return to;
 }
+
+static inline __m512d emulate_fixupimm_pd(__m512d to, __m512d from, __m512i table, int flags)
+{
+    uint64_t r[8], x[8], what[8];
+    memcpy(r, &to, sizeof r);
+    memcpy(x, &from, sizeof x);
+    memcpy(what, &table, sizeof what);
+    for (int i = 0; i < 8; i++) {
+        const int is_nan = (x[i] & INT64_MAX) > 0x7ff0000000000000u;
+        if (what[i] != ZERO_BELOW || flags != 0) {
+            __builtin_trap();
+        }
+        r[i] = !is_nan && (x[i] > INT64_MAX || x[i] == 0) ? 0 : r[i];
+    }
+    memcpy(&to, r, sizeof to);
+    return to;
+}
+
+/* Not in every SIMDe. */
+#undef _mm512_mask_cmp_ps_mask
+#undef _mm512_mask_cmp_pd_mask
+#define _mm512_mask_cmp_ps_mask(k, a, b, how) ((__mmask16)((k) & _mm512_cmp_ps_mask(a, b, how)))
+#define _mm512_mask_cmp_pd_mask(k, a, b, how) ((__mmask8)((k) & _mm512_cmp_pd_mask(a, b, how)))
 #define _mm512_extractf32x8_ps emulate_extractf32x8_ps
 #define _mm512_cvtps_pd emulate_cvtps_pd
 #define _mm512_cvtph_ps emulate_cvtph_ps
 #define _mm512_cvtps_ph emulate_cvtps_ph
 #undef _mm512_fixupimm_ps
 #define _mm512_fixupimm_ps emulate_fixupimm_ps
+#undef _mm512_fixupimm_pd
+#define _mm512_fixupimm_pd emulate_fixupimm_pd
 
 #endif
