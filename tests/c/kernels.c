@@ -556,6 +556,16 @@ static void draw_slab(const call *c, rng *r)
     memcpy(slab.expected_gate, slab.gate, sizeof slab.gate);
 }
 
+/* So many rows and images on, in every tensor. */
+static void move_rows(fbn_span *s, int type, int64_t rows, int64_t images)
+{
+    s->x = moved(s->x, rows * s->x_stride + images * s->x_image, type);
+    s->other = moved(s->other, rows * s->other_stride + images * s->other_image, type);
+    s->y = moved(s->y, rows * s->y_stride + images * s->y_image, type);
+    s->extra = moved(s->extra, rows * s->extra_stride + images * s->extra_image, type);
+    s->gate = moved(s->gate, rows * s->gate_stride + images * s->gate_image, BITS);
+}
+
 static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t width, place where, rng *r)
 {
     int type = (int)dtype;
@@ -632,12 +642,15 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
     }
     if (op->shape == APPLIES) {
         draw_apply_outputs(c, rows, r);
+        const int64_t step = rng_one_in(r, 2) ? -1 : 1; /* from the last image to the first */
+        const int64_t before = step < 0 ? rows - c->span.rows : 0;
         fbn_span *s = &c->span;
-        s->x_image = s->rows * s->x_stride;
-        s->other_image = s->rows * s->other_stride;
-        s->y_image = s->rows * s->y_stride;
-        s->extra_image = s->rows * s->extra_stride;
-        s->gate_image = s->rows * s->gate_stride;
+        move_rows(s, type, before, 0);
+        s->x_image = step * s->rows * s->x_stride;
+        s->other_image = step * s->rows * s->other_stride;
+        s->y_image = step * s->rows * s->y_stride;
+        s->extra_image = step * s->rows * s->extra_stride;
+        s->gate_image = step * s->rows * s->gate_stride;
         return;
     }
     if (op->shape == SUMS) {
@@ -718,11 +731,13 @@ static call part_of(const call *c, int64_t i)
     const bool rows = c->op->rows;
     const int type = (int)c->dtype;
     const int64_t channel = rows ? (applies ? i % s->rows : i) : applies ? 0 : 16 * i;
-    s->x = moved(s->x, i * (applies ? s->x_stride : rows ? s->x_next : 16), type);
-    s->other = moved(s->other, i * (applies ? s->other_stride : rows ? s->other_next : 16), type);
-    s->y = moved(s->y, i * s->y_stride, type);
-    s->extra = moved(s->extra, i * s->extra_stride, type);
-    s->gate = moved(s->gate, i * (applies ? s->gate_stride : rows ? s->gate_next : 1), BITS);
+    if (applies) {
+        move_rows(s, type, i % s->rows, i / s->rows);
+    } else {
+        s->x = moved(s->x, i * (rows ? s->x_next : 16), type);
+        s->other = moved(s->other, i * (rows ? s->other_next : 16), type);
+        s->gate = moved(s->gate, i * (rows ? s->gate_next : 1), BITS);
+    }
     for (int k = 0; k < 7; k++) {
         *coef_at(&part.coef, k) = moved(*coef_at(&part.coef, k), channel, coef_type(c));
     }
