@@ -109,7 +109,7 @@ static void check_to(const format *type, const tier *const *tiers, int count, co
         }
         check(same, "%s to %s", tiers[t]->kernels->name, type->name);
         if (lanes_for(tiers[t], type)->line != NULL) {
-            _Alignas(64) uint16_t line[32];
+            static _Alignas(64) uint16_t line[32]; /* AddressSanitizer's own stack is aligned to less */
             lanes_for(tiers[t], type)->line(floats, line);
             for (int i = 0; i < 32; i++) {
                 unsigned code = i < 16 ? want[i] : want[i - 16] ^ 0x8000u;

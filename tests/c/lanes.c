@@ -32,8 +32,8 @@ LANES(bf16)
 #if defined(V_LINES_OF_BF16)
 static void line_bf16(const uint32_t *bits, uint16_t *h)
 {
-    float f[16];
-    float opposite[16];
+    static float f[16]; /* not on AddressSanitizer's own stack, where gcc takes them for better aligned than they are */
+    static float opposite[16];
     memcpy(f, bits, sizeof f);
     for (int i = 0; i < 16; i++) {
         uint32_t other = bits[i] ^ 0x80000000u;
