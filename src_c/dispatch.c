@@ -176,12 +176,10 @@ static bool fbn_denormals_are_zeros(void)
 const fbn_kernels *fbn_kernels_for(fbn_dtype dtype)
 {
     int i = fbn_current;
-    /* Its kernels look for subnormals by an instruction that may see none then. To ask the caller will do, for the team
-     * works in the caller's environment. */
-    if (fbn_tables[i] == FBN_AVX512_BF16 && fbn_denormals_are_zeros()) {
-        i++;
-    }
-    while (!fbn_tiers[i].runnable || !fbn_has_kernels(fbn_tables[i], dtype)) {
+    /* AVX512_BF16's kernels look for subnormals by an instruction that may see none where they are zeros. To ask the
+     * caller will do, for the team works in the caller's environment. */
+    while (!fbn_tiers[i].runnable || !fbn_has_kernels(fbn_tables[i], dtype) ||
+           (fbn_tables[i] == FBN_AVX512_BF16 && fbn_denormals_are_zeros())) {
         i++;
     }
     return &fbn_tables[i]->of[dtype];
