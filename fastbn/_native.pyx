@@ -94,7 +94,7 @@ cdef extern from "plan.h" nogil:
     ctypedef struct fbn_call:
         fbn_op op
         int threads
-        bint gated, adjacent
+        bint gated, adjacent, aligned, beside
         int tensors
     ctypedef struct fbn_plan:
         int team
@@ -105,9 +105,12 @@ cdef extern from "plan.h" nogil:
     const fbn_machine *fbn_this_machine()
 
 cdef extern from "dispatch.h" nogil:
+    ctypedef struct fbn_kernels:
+        bint beside_moments, beside_gradients
     ctypedef struct fbn_tier:
         const char *name
         bint built, runnable
+    const fbn_kernels *fbn_kernels_for(fbn_dtype dtype)
     bint fbn_dispatch(const char *cap)
     const fbn_tier *fbn_tier_at(int i)
     bint fbn_follows_runs()
@@ -1425,18 +1428,24 @@ def machine():
     return {"l2": fbn_this_machine().l2, "l3": fbn_this_machine().l3, "follows": bool(fbn_this_machine().follows)}
 
 
-def plan(str op, str dtype, str family, outer, channels, inner, threads, gated=False, adjacent=True,
-         residual=False, machine=None):
-    """The plan's decisions for a call, without running it; machine overrides what `machine` returns."""
+def plan(str op, str dtype, str family, outer, channels, inner, threads, gated=False, adjacent=True, aligned=True,
+         residual=False, beside=None, machine=None):
+    """The plan's decisions for a call, without running it; beside and machine override what the kernels in use can do,
+    and what `machine` returns."""
     cdef fbn_geometry g
     cdef fbn_call call
     cdef fbn_machine m = fbn_this_machine()[0]
     cdef fbn_plan p
+    cdef const fbn_kernels *kernels
     g.dtype = <fbn_dtype><int>DTYPES.index(dtype)
     g.family = <fbn_family><int>_FAMILIES.index(family)
     g.outer, g.channels, g.inner = outer, channels, inner
     call.op = _OPS.index(op)
-    call.threads, call.gated, call.adjacent = threads, gated, adjacent
+    call.threads, call.gated, call.adjacent, call.aligned = threads, gated, adjacent, aligned
+    if beside is None:
+        kernels = fbn_kernels_for(g.dtype)
+        beside = kernels.beside_gradients if op == "backward" else kernels.beside_moments
+    call.beside = beside
     call.tensors = {"moments": 1, "backward": 3, "apply": 3}.get(op, 2) + bool(residual)
     if machine is not None:
         m.l2, m.l3 = machine["l2"], machine["l3"]

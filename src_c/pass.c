@@ -40,6 +40,12 @@ static bool fbn_adjacent(const fbn_geometry *g, const fbn_tensor *t)
     return t->data == NULL || (g->family == FBN_ROWS ? t->channel_stride == g->inner : t->outer_stride == g->channels);
 }
 
+static bool fbn_aligned(const fbn_geometry *g, const fbn_tensor *t)
+{
+    const int64_t steps = t->outer_stride | (fbn_adjacent(g, t) ? 0 : t->channel_stride);
+    return ((uintptr_t)t->data | (uintptr_t)(steps * fbn_dtype_size(g->dtype))) % FBN_LINE == 0;
+}
+
 bool fbn_pass_ready(fbn_pass *pass, const fbn_geometry *g, fbn_act act, fbn_op op, int threads)
 {
     fbn_tensor *tensors[] = {&pass->x, &pass->other, &pass->y, &pass->extra};
@@ -58,6 +64,8 @@ bool fbn_pass_ready(fbn_pass *pass, const fbn_geometry *g, fbn_act act, fbn_op o
     }
     pass->g = *g;
     pass->kernels = fbn_kernels_for(g->dtype);
+    call.aligned = fbn_aligned(g, &pass->y);
+    call.beside = pass->backward ? pass->kernels->beside_gradients : pass->kernels->beside_moments;
     pass->plan = fbn_make_plan(g, &call, fbn_this_machine());
     pass->rule = (fbn_gate_rule){.kind = (int)act.kind,
                                  .upper = act.kind == FBN_RELU6 ? 6.0 : (double)INFINITY,
@@ -475,7 +483,7 @@ static int64_t fbn_slab_at(const fbn_pass *pass, int64_t i)
     return fbn_min(fbn_part(grains, i, plan->slabs) * plan->grain, pass->g.channels);
 }
 
-/* Channels [first, last) of all images, as the slab that is normalized while the next is reduced. */
+/* Channels [first, last) of all images, as the slab that is applied while the next is reduced. */
 static fbn_turn fbn_turn_of(const fbn_pass *pass, const fbn_coefs *coefs, int64_t first, int64_t last, int64_t ahead)
 {
     return (fbn_turn){
@@ -483,6 +491,7 @@ static fbn_turn fbn_turn_of(const fbn_pass *pass, const fbn_coefs *coefs, int64_
         .k = fbn_coefs_at(coefs, first),
         .rule = pass->rule,
         .each = pass->plan.turn,
+        .backward = pass->backward,
         .beside = pass->plan.beside,
     };
 }
@@ -492,7 +501,7 @@ static void fbn_turn_to_end(const fbn_pass *pass, fbn_room *room)
 {
     if (room->turn != NULL) {
         room->turn->owed = INT64_MAX;
-        pass->kernels->normalize_some(room->turn);
+        pass->kernels->apply_some(room->turn);
         room->turn = NULL;
     }
 }

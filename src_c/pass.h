@@ -30,7 +30,7 @@ int64_t fbn_gate_words(const fbn_geometry *g); /* of one row (rows: of one run) 
 typedef struct {
     fbn_coefs panel; /* expanded coefficients */
     void *tile;      /* the sums of several channels */
-    fbn_turn *turn;  /* the slab before the one that is reduced, where it is not normalized yet; else NULL */
+    fbn_turn *turn;  /* the slab before the one that is reduced, where it is not applied yet; else NULL */
 } fbn_room;
 
 /* Reduces the strips of channels [first, last) that are this part's. `mean` and coefs are for a backward. */

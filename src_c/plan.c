@@ -41,11 +41,11 @@ int64_t fbn_dtype_size(fbn_dtype dtype) { return dtype == FBN_F64 ? 8 : dtype ==
 
 /* How much of a tensor one step of an apply walk covers: small enough to share, large enough to call a kernel for.
  * Elements of a run; bytes of rows; images of a panel. And where walks take turns, elements: stores are to drain while
- * the other reads, and the hardware is to follow its runs where it does. */
-enum { FBN_PIECE = 1 << 16, FBN_TURN = 4096, FBN_TURN_FOLLOWED = 1024, FBN_ROWS_BYTES = 1 << 16, FBN_PANEL_TILE = 8 };
+ * the other reads. */
+enum { FBN_PIECE = 1 << 16, FBN_TURN = 4096, FBN_ROWS_BYTES = 1 << 16, FBN_PANEL_TILE = 8 };
 
 /* Bytes from what is read to what is fetched: by a reduce, and by an apply, whose stores come in between. */
-enum { FBN_REACH = 2048, FBN_REACH_FOLLOWED = 4096, FBN_SOON = 1024, FBN_SOON_FOLLOWED = 2048 };
+enum { FBN_REACH = 2048, FBN_SOON = 1024 };
 
 /* Bytes below which a parallel region costs more than it saves; what is short enough for a panel, and where rows that
  * are not streamed share their coefficients; how many rows and elements make one worth it; columns of a tile, whose
@@ -111,8 +111,11 @@ static void fbn_choose_slabs(const fbn_geometry *g, const fbn_call *call, const 
         return;
     }
     /* What L2 cannot hold may stay in a thread's share of L3, if it is read in long runs. By turns, three slabs are
-     * there at a time. */
+     * there at a time; where hardware follows runs, those of 1.6 MB take 1.4 copies without turns, 1.65 with them. */
     const int64_t at_a_time = turns ? 3 : 1;
+    if (turns && m->follows && channel_bytes > m->l2 / 2) {
+        return;
+    }
     if ((channel_bytes > m->l2 && g->inner * fbn_dtype_size(g->dtype) < FBN_RUN_BYTES) ||
         (channel_bytes > m->l2 / at_a_time && channel_bytes > m->l3 / 2 / at_a_time / team)) {
         return;
@@ -125,7 +128,7 @@ static void fbn_choose_slabs(const fbn_geometry *g, const fbn_call *call, const 
     /* Every thread needs work, and as many slabs as the others. */
     int64_t most = g->channels < team ? 1 : g->channels / team;
     int64_t grain = fbn_grain(g);
-    int64_t fits = m->l2 / (turns ? 4 : m->follows ? 8 : 2) / channel_bytes;
+    int64_t fits = m->l2 / (m->follows ? 8 : turns ? 4 : 2) / channel_bytes;
     fits = fbn_clamp(fbn_max(fits, fbn_min(m->l2 / 4 / channel_bytes, grain)), 1, most);
     plan->grain = fits >= grain ? grain : 1;
     int64_t grains = fbn_ceil_div(g->channels, plan->grain);
@@ -195,37 +198,40 @@ static void fbn_choose_step(const fbn_geometry *g, fbn_plan *plan)
     plan->piece = fbn_ceil_div(fbn_ceil_div(run, fbn_ceil_div(run, FBN_PIECE)), 16) * 16;
 }
 
-/* Where hardware follows runs it fetches the long ones, but for those that turns interrupt. Elsewhere what the
- * last-level cache holds comes as fast without; and so do short planes by turns, of which many images are read abreast.
- */
-static int64_t fbn_choose_fetch(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, const fbn_plan *plan,
-                                bool large)
+/* Where hardware follows runs it fetches them. Elsewhere what the last-level cache holds comes as fast without; and so
+ * do short planes by turns, of which many images are read abreast. */
+static int64_t fbn_choose_fetch(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, const fbn_plan *plan)
 {
-    if (g->family == FBN_COLS) {
-        return 0;
-    }
-    const bool turns = plan->turn > 0;
-    if (m->follows) {
-        const bool stops = turns || g->inner * fbn_dtype_size(g->dtype) >= FBN_RUN_BYTES;
-        return stops && large ? FBN_REACH_FOLLOWED : 0;
-    }
-    return fbn_bytes(g) > m->l3 / call->tensors && !(turns && fbn_short(g->inner)) ? FBN_REACH : 0;
+    const bool abreast = plan->turn > 0 && fbn_short(g->inner);
+    const bool fetches = g->family == FBN_ROWS && !m->follows && !abreast;
+    return fetches && fbn_bytes(g) > m->l3 / call->tensors ? FBN_REACH : 0;
 }
 
-/* What the apply of a slab fetches, while its stores wait for memory: by turns, the next is being read already. */
+/* What the apply of a slab fetches, while its stores wait for memory: by turns, the next is being read already. Where
+ * hardware follows runs, what would push out much of the slab comes soon enough by itself. */
 static int64_t fbn_choose_ahead(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, const fbn_plan *plan,
                                 bool large)
 {
     const bool turns = plan->turn > 0;
-    if (plan->slab == 0 || !large || (m->follows && (turns || plan->slab * fbn_channel_bytes(g, call->op) > m->l2))) {
+    const bool much = plan->slab * fbn_channel_bytes(g, call->op) > m->l2 / 2;
+    if (plan->slab == 0 || !large || (m->follows && (turns || much))) {
         return 0;
     }
     return turns ? 2 * plan->slab : plan->slab;
 }
 
+/* Whether slabs can be applied side by side with sums: they begin with cache lines, and every vector of them is whole.
+ * Sums of short planes are in memory. */
+static bool fbn_goes_beside(const fbn_geometry *g, const fbn_call *call, const fbn_plan *plan)
+{
+    const int64_t run = (call->adjacent && !call->gated ? plan->grain : 1) * g->inner;
+    const bool whole = run % 16 == 0 && run * fbn_dtype_size(g->dtype) % FBN_CACHE_LINE == 0;
+    return plan->turn > 0 && call->beside && call->aligned && whole && !fbn_short(g->inner);
+}
+
 static fbn_plan fbn_plan_as(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, bool large, bool turns)
 {
-    fbn_plan plan = {.team = fbn_choose_team(g, call), .turn = !turns ? 0 : m->follows ? FBN_TURN_FOLLOWED : FBN_TURN};
+    fbn_plan plan = {.team = fbn_choose_team(g, call), .turn = turns ? FBN_TURN : 0};
     int64_t size = fbn_dtype_size(g->dtype);
     if (fbn_two_phase(call->op)) {
         fbn_choose_slabs(g, call, m, &plan);
@@ -245,25 +251,27 @@ static fbn_plan fbn_plan_as(const fbn_geometry *g, const fbn_call *call, const f
      * they are long. */
     run = plan.panel > 0 ? FBN_CACHE_LINE : run;
     plan.stream = large && (run % FBN_CACHE_LINE == 0 || run >= FBN_PATCHED_BYTES);
-    /* Not measured where the hardware follows runs. Sums of short planes are in memory. */
-    plan.beside = turns && !m->follows && !fbn_short(g->inner);
+    plan.beside = fbn_goes_beside(g, call, &plan);
     plan.backwards = fbn_two_phase(call->op) && !turns;
     plan.ahead = fbn_choose_ahead(g, call, m, &plan, large);
-    plan.soon = m->follows ? FBN_SOON_FOLLOWED : FBN_SOON;
-    plan.fetch = fbn_choose_fetch(g, call, m, &plan, large);
+    plan.soon = m->follows ? 0 : FBN_SOON;
+    plan.fetch = fbn_choose_fetch(g, call, m, &plan);
     return plan;
 }
 
 /* Turns are worth their smaller slabs where stores are streamed, and where a thread has a slab to apply while it
  * reduces the next. Panels take none; nor do short planes to which a residual is added: 2048 x 7 x 7 takes 2.7 copies
- * without and 3.4 with them. */
+ * without and 3.4 with them. Where hardware follows runs they would interrupt it, and are worth it side by side alone;
+ * but then for a backward without a residual, too: 512 x 28 x 28 takes 2.1 copies without and 1.8 with them. */
 fbn_plan fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m)
 {
     const bool large = fbn_large(g, call, m);
     const bool added = call->tensors > 2;
-    if (call->op == FBN_PLAN_FORWARD && large && !(added && fbn_short(g->inner))) {
+    const bool forward = call->op == FBN_PLAN_FORWARD && !(added && fbn_short(g->inner));
+    const bool backward = call->op == FBN_PLAN_BACKWARD && m->follows && call->tensors == 3 && !call->gated;
+    if (large && (forward || backward)) {
         const fbn_plan plan = fbn_plan_as(g, call, m, large, true);
-        if (plan.stream && plan.slabs > plan.team && plan.panel == 0) {
+        if (plan.stream && plan.slabs > plan.team && plan.panel == 0 && (plan.beside || !m->follows)) {
             return plan;
         }
     }

@@ -28,6 +28,8 @@ typedef struct {
     int threads;   /* the most that may be used */
     bool gated;    /* a gate is read or written */
     bool adjacent; /* rows: planes of neighbouring channels touch; cols: rows touch. In every tensor of the call */
+    bool aligned;  /* rows: the result begins with a cache line wherever a run of it does */
+    bool beside;   /* there are kernels that apply a slab side by side with the sums of another */
     int tensors;   /* that are read or written */
 } fbn_call;
 

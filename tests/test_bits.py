@@ -215,34 +215,37 @@ def test_what_is_streamed():
 
 
 def test_a_machine_that_follows_runs():
-    """Red with prefetches that are in the way of the hardware's, or none where its runs are interrupted; with two slabs
-    that are more than half of L2; or with a slab that cuts a line in two, though a whole one fits.
+    """Red with prefetches that are in the way of the hardware's; with turns that do not go side by side, or none of a
+    backward; with two slabs that are more than half of L2; or with a slab that cuts a line in two, though a whole one
+    fits.
     """
     machine = {"l2": 1 << 20, "l3": 32 << 20, "follows": True}
 
     def plan(op, channels, inner, threads=2, **call):
-        return _native.plan(op, "float32", "rows", 32, channels, inner, threads, machine=machine, **call)
+        call = {"beside": True, **call}
+        p = _native.plan(op, "float32", "rows", 32, channels, inner, threads, machine=machine, **call)
+        assert (p["fetch"], p["soon"]) == (0, 0)
+        assert (p["turn"] > 0) == p["beside"]
+        assert p["ahead"] == 0 or not p["turn"]
+        return p
 
-    for channels, inner in itertools.product([1024, 2048], [49, 196, 784]):
-        p, x = plan("backward", channels, inner), 32 * inner * 4
-        assert not p["fetch"]
-        assert p["ahead"] == p["slab"]
+    for op, channels, inner in itertools.product(["forward", "backward"], [1024, 2048], [49, 196, 784]):
+        p = plan(op, channels, inner)
+        assert p["beside"] == (inner != 49), "short planes are summed in memory"
+        assert p["backwards"] == (inner == 49)
+        assert p["ahead"] == (p["slab"] if inner == 49 else 0)
         assert p["slab"] * inner % 16 == 0
-        assert p["slab"] * 2 * x <= machine["l2"] / 4
-        assert not plan("reduce", channels, inner)["fetch"]
-        assert not plan("moments", channels, inner)["fetch"]
-    for channels, inner in ((64, 112 * 112), (512, 784), (1024, 196), (2048, 49)):
-        p = plan("forward", channels, inner)
-        assert p["turn"] == 1024
-        assert not p["beside"], "not measured there"
-        assert p["fetch"]
-        assert p["ahead"] == 0
-    assert not plan("forward", 64, 49)["fetch"], "nothing is streamed, and there are no turns"
-    assert plan("moments", 64, 56 * 56)["fetch"], "planes of several pages"
-    for inner, ahead in ((3136, 1), (112 * 112, 0)):
-        p = plan("backward", 64, inner)
-        assert p["fetch"]
-        assert p["ahead"] == ahead, "where L2 can hold it"
+        assert p["slab"] * 32 * inner * 4 * (1 if op == "forward" else 2) <= machine["l2"] / 4
+        assert plan(op, channels, inner, adjacent=False)["beside"] == (inner == 784), "vectors of one plane"
+        assert plan(op, channels, inner, gated=True)["beside"] == (inner == 784 and op == "forward")
+        for no in ({"aligned": False}, {"beside": False}):
+            assert not plan(op, channels, inner, **no)["turn"]
+        assert plan(op, channels, inner, residual=True)["beside"] == (inner != 49 and op == "forward"), "two results"
+    for op, inner in (("forward", 112 * 112), ("backward", 56 * 56)):
+        p = plan(op, 64, inner)
+        assert (p["slab"], p["turn"], p["ahead"]) == (1, 0, 0), "where L2 cannot hold several"
+    for op, channels, inner in itertools.product(["moments", "reduce", "normalize", "apply"], [64, 2048], [49, 3136]):
+        plan(op, channels, inner)
 
 
 def test_what_takes_turns():
@@ -252,11 +255,14 @@ def test_what_takes_turns():
     machine = {"l2": 1 << 20, "l3": 32 << 20}
 
     def plan(op, channels, inner, threads=2, l3=machine["l3"], **call):
-        return _native.plan(op, "float32", "rows", 32, channels, inner, threads, machine={**machine, "l3": l3}, **call)
+        call = {"beside": True, "machine": {**machine, "l3": l3}, **call}
+        return _native.plan(op, "float32", "rows", 32, channels, inner, threads, **call)
 
     for channels, inner in ((64, 112 * 112), (512, 784), (1024, 196), (2048, 49)):
         p = plan("forward", channels, inner)
         assert p["turn"] == 4096
+        for no in ({"aligned": False}, {"beside": False}):
+            assert plan("forward", channels, inner, **no) == p | {"beside": False}, "then by turns"
         assert p["beside"] == (inner != 49), "short planes are summed in memory"
         assert p["stream"]
         assert not p["backwards"]
@@ -349,6 +355,7 @@ def test_past_the_cache(planes, dtype, layout, rng):
     cache line is taken for one channel's, a slab takes the next one's flags, or what lies off alignment is streamed.
     """
     machine = _native.machine()
+    follows = machine["follows"]
     most = machine["l2"] * 4 if machine["follows"] else min(machine["l2"] * 16, machine["l3"] // 2)
     elements = most // dtype.itemsize
     shape = {
@@ -370,9 +377,11 @@ def test_past_the_cache(planes, dtype, layout, rng):
         plan = partial(_native.plan, op, dtype.name, "rows" if axis == 1 else "cols", outer)
         assert plan(channels, inner, 2)["stream"]
         panels = axis == 1 and inner * dtype.itemsize < 64
-        assert (plan(channels, inner, 2)["turn"] > 0) == (op == "forward" and axis == 1 and not panels)
-        beside = op == "forward" and axis == 1 and planes in ("long", "words", "even") and not machine["follows"]
-        assert plan(channels, inner, 2)["beside"] == beside
+        p = plan(channels, inner, 2, beside=True)
+        turns = axis == 1 and not panels and (op == "forward" or (op == "backward" and follows))
+        beside = turns and (planes in ("words", "even") or (planes == "long" and not follows))
+        assert (p["turn"] > 0) == (beside if follows else turns)
+        assert p["beside"] == beside
         assert not plan(channels - 3 * quarter, inner, 2)["stream"]
     parts = [slice(0, quarter), slice(quarter, 2 * quarter), slice(2 * quarter, 3 * quarter), slice(3 * quarter, None)]
     few = [[np.ascontiguousarray(a[:, p] if axis == 1 else a[..., p]) for a in (x, grad_output)] for p in parts]

@@ -48,25 +48,26 @@ typedef struct {
     /* rows, applied to: the same of so many images, with strides from one to the next */
     int64_t images, x_image, other_image, y_image, extra_image, gate_image;
     int64_t x_next, other_next, gate_next; /* rows, sums: from a channel to its neighbour */
-    int64_t ahead;                         /* bytes to what is wanted in cache next; of sums, 0 for nothing */
+    int64_t ahead;                         /* bytes to what is wanted in cache next; 0 for nothing */
     int64_t other_ahead;
     int stream;            /* write y past the cache */
-    struct fbn_turn *turn; /* rows, moments: what is normalized in between, or NULL */
+    struct fbn_turn *turn; /* rows, sums: what is applied in between, or NULL */
 } fbn_span;
 
-/* How far a slab is normalized: begins as zeros, and ends with image == images. `at` counts from where a run begins
+/* How far a slab is applied: begins as zeros, and ends with image == images. `at` counts from where a run begins
  * (rows that touch are one). */
 typedef struct {
     int64_t image, row, at;
 } fbn_place;
 
-/* A slab that is normalized and streamed while the moments of another are made. */
+/* A slab that is applied and streamed while the sums of another are made. */
 typedef struct fbn_turn {
     fbn_span span;
     fbn_coef k;
     fbn_gate_rule rule;
     int64_t each; /* elements of a turn */
-    int64_t owed; /* so many are to be normalized by now */
+    int64_t owed; /* so many are to be applied by now */
+    int backward; /* by a backward that has neither a gate nor an extra result */
     int beside;   /* not by turns but side by side, where a tier can and the slab is simple enough */
     fbn_place place;
 } fbn_turn;
@@ -115,7 +116,7 @@ static inline int64_t fbn_lines_bytes(int64_t channels, int64_t inner, bool wide
     OP(normalize_rows, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                     \
     OP(normalize_cols, (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule))                                     \
     /* About what a turn owes, or all that is left. */                                                                 \
-    OP(normalize_some, (fbn_turn * turn))                                                                              \
+    OP(apply_some, (fbn_turn * turn))                                                                                  \
     /* sum dz and sum dz * (x - mean[c]) over the same blocks and rows as the moments */                               \
     OP(backward_reduce_rows,                                                                                           \
        (const fbn_span *s, const fbn_coef *k, fbn_gate_rule rule, const fbn_blocks *blocks, int64_t first,             \
@@ -139,6 +140,8 @@ static inline int64_t fbn_lines_bytes(int64_t channels, int64_t inner, bool wide
 #define FBN_FIELD(op, args) void(*op) args;
 typedef struct {
     FBN_OPS(FBN_FIELD)
+    /* Whether a slab can be applied side by side with moments, and with the sums of a backward. */
+    bool beside_moments, beside_gradients;
 } fbn_kernels;
 #undef FBN_FIELD
 

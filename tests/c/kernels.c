@@ -212,7 +212,7 @@ typedef struct {
     fbn_coef coef;
     fbn_gate_rule rule;
     int64_t first, last; /* of the rows family's blocks */
-    bool turns;          /* a slab is normalized meanwhile */
+    bool turns;          /* a slab is applied meanwhile */
     bool touching;       /* applied to: rows with nothing between them, in every tensor */
     fbn_blocks blocks;
     int64_t channels;
@@ -247,15 +247,15 @@ RUN(moments_cols, &c->span, c->tile.data, c->stats[0], c->stats[1], c->stats[2])
 RUN(normalize_rows, &c->span, &c->coef, c->rule)
 RUN(normalize_cols, &c->span, &c->coef, c->rule)
 /* In pieces of all sizes; what is not streamed, and so the reference, at once. */
-static void run_normalize_some(const fbn_kernels *k, const call *c)
+static void run_apply_some(const fbn_kernels *k, const call *c)
 {
-    fbn_turn turn = {.span = c->span, .k = c->coef, .rule = c->rule};
+    fbn_turn turn = {.span = c->span, .k = c->coef, .rule = c->rule, .backward = c->op->backward};
     if (!c->span.stream) {
-        k->normalize_rows(&c->span, &c->coef, c->rule);
+        (c->op->backward ? k->backward_apply_rows : k->normalize_rows)(&c->span, &c->coef, c->rule);
     }
     for (int64_t i = 1; c->span.stream && turn.place.image < turn.span.images; i = i * 5 % 37) {
         turn.owed = 16 * i;
-        k->normalize_some(&turn);
+        k->apply_some(&turn);
     }
 }
 RUN(backward_reduce_rows, &c->span, &c->coef, c->rule, &c->blocks, c->first, c->last, c->channels, c->mean,
@@ -276,7 +276,7 @@ RUN(fence)
 #define IS_moments_rows true, MOMENTS, false
 #define IS_moments_cols false, MOMENTS, false
 #define IS_normalize_rows true, APPLIES, false
-#define IS_normalize_some true, APPLIES, false
+#define IS_apply_some true, APPLIES, false
 #define IS_normalize_cols false, APPLIES, false
 #define IS_backward_reduce_rows true, SUMS, true
 #define IS_backward_reduce_cols false, SUMS, true
@@ -287,7 +287,8 @@ RUN(fence)
 #define IS_fence true, NOTHING, false
 
 #define OPERATION(op, args) {#op, run_##op, IS_##op},
-static const operation operations[] = {FBN_OPS(OPERATION)};
+static const operation operations[] = {
+    FBN_OPS(OPERATION){"apply_some of a backward", run_apply_some, true, APPLIES, true}};
 enum { OPERATION_COUNT = sizeof operations / sizeof *operations };
 
 #define DTYPE_NAME(name, index) [index] = #name,
@@ -296,7 +297,7 @@ static const char *const activation_names[] = {"identity", "relu", "relu6", "lea
 
 /* Arenas: each buffer of a call has one of its own. */
 typedef struct {
-    arena x, other, gate, coefs[7], means, tile, y, extra, stats[3], slab, residual;
+    arena x, other, gate, coefs[7], means, tile, y, extra, stats[3], slab, beside;
 } memory;
 
 static memory the_memory;
@@ -358,6 +359,9 @@ static void draw_coefs(call *c, rng *r)
     }
 }
 
+/* A backward by turns has neither a gate nor an extra result. */
+static bool is_simple(const operation *op) { return op->run == run_apply_some && op->backward; }
+
 static void draw_gate(call *c, int64_t rows, rng *r)
 {
     c->span.gate_next = fbn_ceil_div(c->span.width, 16);
@@ -391,7 +395,7 @@ static void draw_apply_outputs(call *c, int64_t rows, rng *r)
     }
     c->span.y = y.data;
     c->span.y_stride = y.stride;
-    if (!c->op->backward || rng_one_in(r, 2)) {
+    if (!c->op->backward || is_simple(c->op) || rng_one_in(r, 2)) {
         c->in_place = over_x ? 1 : over_other && !c->op->backward ? 2 : 0;
         return;
     }
@@ -462,7 +466,7 @@ static void *moved(const void *p, int64_t elements, int type)
     return p == NULL ? NULL : (char *)(uintptr_t)p + elements * (int64_t)size_of(type);
 }
 
-/* The slab that is normalized while a call makes moments. */
+/* The slab that is applied while a call makes sums. */
 enum {
     SLAB_ROWS = 4,
     SLAB_WIDTH = 300,
@@ -473,10 +477,16 @@ static struct {
     _Alignas(64) char y[SLAB_SIZE], expected[SLAB_SIZE];
     uint16_t gate[SLAB_ROWS * SLAB_ROWS * (SLAB_WIDTH / 16 + 1)],
         expected_gate[SLAB_ROWS * SLAB_ROWS * (SLAB_WIDTH / 16 + 1)];
-    _Alignas(64) double coefs[3][SLAB_ROWS];
+    _Alignas(64) double coefs[7][SLAB_ROWS];
     fbn_turn turn;
-    bool late; /* less was normalized beside a call than it summed */
+    bool late; /* less was applied beside a call than it summed */
 } slab;
+
+static void slab_reset(void)
+{
+    memset(slab.y, 0xa5, sizeof slab.y);
+    memset(slab.gate, 0xa5, sizeof slab.gate);
+}
 
 /* Its result by whole rows of the scalar tier, which other tests have looked at. */
 static void draw_slab(const call *c, rng *r)
@@ -504,9 +514,9 @@ static void draw_slab(const call *c, rng *r)
                  .y_image = simple || rng_one_in(r, 2) ? (y_image + line - 1) / line * line : y_image,
                  .ahead = rng_between(r, -100000, 100000),
                  .stream = 1},
-        .k = {.neg_mean = slab.coefs[0], .scale = slab.coefs[1], .shift = slab.coefs[2]},
         .rule = {(int)rng_below(r, FBN_ACTIVATION_COUNT), 6.0, 0.25},
         .each = 16 * rng_between(r, 1, 20),
+        .backward = c->op->backward ? !rng_one_in(r, 4) : rng_one_in(r, 4),
         .beside = simple || rng_one_in(r, 2),
     };
     const int64_t reach = (t->span.images - 1) * t->span.x_image + (rows - 1) * x_stride + width;
@@ -515,12 +525,15 @@ static void draw_slab(const call *c, rng *r)
         put((int)c->dtype, x + i * size, (double)(i * 37 % 101 - 50) / 16.0);
     }
     t->span.x = x;
-    if (rng_one_in(r, 2)) {
+    if (t->backward && !rng_one_in(r, 4)) {
+        t->rule.kind = c->rule.kind; /* what may be beside a backward's sums */
+    }
+    if (t->backward || rng_one_in(r, 2)) {
         const int64_t gap = rng_one_in(r, 2) ? 0 : rng_between(r, 1, 20);
         const int64_t stride = width + (simple ? 0 : gap);
         const int64_t image = stride * rows + gap;
         const int64_t long_way = (t->span.images - 1) * image + (rows - 1) * stride + width;
-        char *other = arena_place(&the_memory.residual, (size_t)(long_way * size), (size_t)size, c->where, r);
+        char *other = arena_place(&the_memory.beside, (size_t)(long_way * size), (size_t)size, c->where, r);
         for (int64_t i = 0; i < long_way; i++) {
             put((int)c->dtype, other + i * size, (double)(i * 53 % 97 - 40) / 16.0);
         }
@@ -529,19 +542,19 @@ static void draw_slab(const call *c, rng *r)
         t->span.other_image = image;
         t->span.other_ahead = rng_between(r, -100000, 100000);
     }
-    if (t->span.other != NULL && t->rule.kind != FBN_IDENTITY && rng_one_in(r, 2)) {
+    if (!t->backward && t->span.other != NULL && t->rule.kind != FBN_IDENTITY && rng_one_in(r, 2)) {
         t->span.gate = slab.gate;
         t->span.gate_stride = fbn_ceil_div(width, 16);
         t->span.gate_image = rows * t->span.gate_stride;
     }
-    for (int64_t i = 0; i < SLAB_ROWS; i++) {
-        for (int k = 0; k < 3; k++) {
+    for (int k = 1; k < 7; k++) {
+        *coef_at(&t->k, k) = slab.coefs[k];
+        for (int64_t i = 0; i < SLAB_ROWS; i++) {
             char *coef = (char *)slab.coefs[k] + (size_t)i * size_of(coef_type(c));
-            put(coef_type(c), coef, (double)(i * 5 + k * 7 - 8) / 16.0);
+            put(coef_type(c), coef, (double)(i * 5 + k * 7 - 15) / 16.0);
         }
     }
-    memset(slab.y, 0xa5, sizeof slab.y);
-    memset(slab.gate, 0xa5, sizeof slab.gate);
+    slab_reset();
     for (int64_t image = 0; image < t->span.images; image++) {
         fbn_span s = t->span;
         s.x = moved(s.x, image * s.x_image, (int)c->dtype);
@@ -550,7 +563,8 @@ static void draw_slab(const call *c, rng *r)
         s.gate = moved(s.gate, image * s.gate_image, BITS);
         s.images = 1;
         s.stream = 0;
-        tiers[0]->kernels->of[c->dtype].normalize_rows(&s, &t->k, t->rule);
+        const fbn_kernels *scalar = &tiers[0]->kernels->of[c->dtype];
+        (t->backward ? scalar->backward_apply_rows : scalar->normalize_rows)(&s, &t->k, t->rule);
     }
     memcpy(slab.expected, slab.y, sizeof slab.y);
     memcpy(slab.expected_gate, slab.gate, sizeof slab.gate);
@@ -636,7 +650,7 @@ static void draw_call(call *c, const operation *op, fbn_dtype dtype, int64_t wid
     }
     if (op->shape != MOMENTS) {
         draw_coefs(c, r);
-        if (rng_one_in(r, 2)) {
+        if (rng_one_in(r, 2) && !is_simple(op)) {
             draw_gate(c, rows, r);
         }
     }
@@ -719,7 +733,7 @@ static void finish_slab(const call *c, const fbn_kernels *k)
 {
     slab.late = is_late(c);
     slab.turn.owed = INT64_MAX;
-    k->normalize_some(&slab.turn);
+    k->apply_some(&slab.turn);
 }
 
 /* Of what is applied a row, and not past the cache; of what is summed a channel, or of columns a word of the gate. */
@@ -777,8 +791,9 @@ static bool run(call *c, const tier *t, void (*how)(const fbn_kernels *, const c
     c->span.turn = turns ? &slab.turn : NULL;
     slab.turn.place = (fbn_place){0};
     slab.turn.owed = 0;
-    memset(slab.y, 0xa5, turns ? sizeof slab.y : 0);
-    memset(slab.gate, 0xa5, turns ? sizeof slab.gate : 0);
+    if (turns) {
+        slab_reset();
+    }
     for (int i = 0; i < c->output_count; i++) {
         output_reset(&c->outputs[i]);
     }
@@ -816,9 +831,9 @@ static void compare_tiers(call *c)
         if (!check(run(c, tiers[t], c->op->run, c->turns), "%s: %s touches memory out of bounds", text, name)) {
             continue;
         }
-        check(!c->turns || !slab.late, "%s: %s normalizes less than it sums", text, name);
-        check(!c->turns || memcmp(slab.y, slab.expected, sizeof slab.y) == 0, "%s: %s normalizes wrongly meanwhile",
-              text, name);
+        check(!c->turns || !slab.late, "%s: %s applies less than it sums", text, name);
+        check(!c->turns || memcmp(slab.y, slab.expected, sizeof slab.y) == 0, "%s: %s applies wrongly meanwhile", text,
+              name);
         check(!c->turns || memcmp(slab.gate, slab.expected_gate, sizeof slab.gate) == 0,
               "%s: %s writes another gate meanwhile", text, name);
         for (int i = 0; i < c->output_count; i++) {
@@ -878,7 +893,7 @@ static void make_memory(void)
 {
     memory *m = &the_memory;
     arena *all[] = {&m->x,     &m->other,    &m->gate,     &m->means,    &m->tile, &m->y,
-                    &m->extra, &m->stats[0], &m->stats[1], &m->stats[2], &m->slab, &m->residual};
+                    &m->extra, &m->stats[0], &m->stats[1], &m->stats[2], &m->slab, &m->beside};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         *all[i] = arena_make(ARENA_BYTES);
     }

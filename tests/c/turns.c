@@ -20,7 +20,7 @@ static fbn_kernels counted;
 static void count_some(fbn_turn *turn)
 {
     const int64_t before = turn_done(turn);
-    __real_fbn_kernels_for(FBN_F32)->normalize_some(turn);
+    __real_fbn_kernels_for(FBN_F32)->apply_some(turn);
     afterwards += turn_done(turn) - before;
 }
 
@@ -31,7 +31,7 @@ const fbn_kernels *__wrap_fbn_kernels_for(fbn_dtype dtype)
         return kernels;
     }
     counted = *kernels;
-    counted.normalize_some = count_some;
+    counted.apply_some = count_some;
     return &counted;
 }
 
@@ -44,46 +44,70 @@ static float *made(int64_t elements)
     return p;
 }
 
-static void check_shape(int64_t outer, int64_t channels, int64_t inner, int64_t gap, bool gated)
+/* A forward with a gate has a residual. */
+static void check_shape(fbn_op op, int64_t outer, int64_t channels, int64_t inner, int64_t gap, bool gated)
 {
+    const bool backward = op == FBN_PLAN_BACKWARD;
     const fbn_geometry g = {FBN_F32, FBN_ROWS, outer, channels, inner};
-    const fbn_call call = {FBN_PLAN_FORWARD, 1, gated, gap == 0, gated ? 3 : 2};
+    const fbn_call call = {.op = op,
+                           .threads = 1,
+                           .gated = gated,
+                           .adjacent = gap == 0,
+                           .aligned = true,
+                           .beside = true,
+                           .tensors = backward || gated ? 3 : 2};
     const fbn_plan plan = fbn_make_plan(&g, &call, fbn_this_machine());
     const int64_t next = inner + gap;
     const int64_t elements = outer * channels * inner;
     const fbn_tensor x = {made(outer * channels * next), channels * next, next};
-    const fbn_tensor residual = {made(elements), channels * inner, inner};
+    const fbn_tensor other = {made(elements), channels * inner, inner};
     const fbn_tensor y = {made(elements), channels * inner, inner};
+    const fbn_tensor expected = {made(elements), channels * inner, inner};
     uint8_t *gate = malloc((size_t)fbn_gate_bytes(&g));
-    double *numbers = malloc(3 * (size_t)channels * sizeof *numbers);
+    for (int64_t i = 0; gate != NULL && i < fbn_gate_bytes(&g); i++) {
+        gate[i] = (uint8_t)(i * 37);
+    }
+    gate = gated ? gate : (free(gate), NULL);
+    double *numbers = malloc(5 * (size_t)channels * sizeof *numbers);
+    double *sums[] = {numbers + 3 * channels, numbers + 4 * channels};
     fbn_moments moments = {0, numbers, numbers + channels, numbers + 2 * channels};
-    char name[80];
-    snprintf(name, sizeof name, "%d x %d x %d, gaps of %d%s", (int)outer, (int)channels, (int)inner, (int)gap,
-             gated ? ", gate" : "");
+    const fbn_affine affine = {.mean = moments.mean, .mean_lo = moments.mean_lo, .var = moments.m2};
+    const fbn_act act = {gated ? FBN_RELU : FBN_IDENTITY, 0.0};
+    char name[100];
+    snprintf(name, sizeof name, "%s of %d x %d x %d, gaps of %d%s", backward ? "backward" : "forward", (int)outer,
+             (int)channels, (int)inner, (int)gap, gated ? ", gate" : "");
+    for (int64_t c = 0; c < channels; c++) {
+        moments.mean[c] = 2.5;
+        moments.mean_lo[c] = 0.0;
+        moments.m2[c] = 4.0;
+    }
     afterwards = 0;
     counting = true;
-    const fbn_status status = fbn_forward(&g, x, gated ? &residual : NULL, y, gated ? gate : NULL, &(fbn_affine){0},
-                                          (fbn_act){gated ? FBN_RELU : FBN_IDENTITY, 0.0}, 1, &moments);
+    const fbn_status status =
+        backward ? fbn_backward(&g, x, other, y, NULL, gate, &affine, act, true, 1, sums[0], sums[1])
+                 : fbn_forward(&g, x, gated ? &other : NULL, y, gate, &(fbn_affine){0}, act, 1, &moments);
     counting = false;
-    check(status == FBN_OK && plan.turn > 0, "%s: no forward by turns", name);
+    check(status == FBN_OK && plan.turn > 0, "%s: no turns", name);
     const int64_t by_turns = elements - afterwards;
-    /* The same numbers from the statistics that it gave. */
-    for (int64_t c = 0; c < channels; c++) {
-        moments.m2[c] /= (double)moments.count;
+    /* The same numbers from what was summed. */
+    if (backward) {
+        fbn_backward_apply(&g, x, other, expected, NULL, gate, &affine, act, sums[0], sums[1], (double)(outer * inner),
+                           1);
+    } else {
+        for (int64_t c = 0; c < channels; c++) {
+            moments.m2[c] /= (double)moments.count;
+        }
+        fbn_normalize(&g, x, gated ? &other : NULL, expected, gate, &affine, act, 1);
     }
-    const fbn_affine affine = {.mean = moments.mean, .mean_lo = moments.mean_lo, .var = moments.m2};
-    const fbn_tensor expected = {made(elements), channels * inner, inner};
-    fbn_normalize(&g, x, gated ? &residual : NULL, expected, gated ? gate : NULL, &affine,
-                  (fbn_act){gated ? FBN_RELU : FBN_IDENTITY, 0.0}, 1);
     check(memcmp(y.data, expected.data, (size_t)elements * sizeof(float)) == 0, "%s: another result", name);
-    free(expected.data);
     /* The last slab has no other to be applied beside. */
     const int64_t most = elements - elements / plan.slabs;
     check((double)by_turns >= 0.85 * (double)most, "%s: %lld elements by turns, of %lld", name, (long long)by_turns,
           (long long)most);
     free(x.data);
-    free(residual.data);
+    free(other.data);
     free(y.data);
+    free(expected.data);
     free(gate);
     free(numbers);
 }
@@ -92,13 +116,26 @@ void check_turns(void)
 {
     const int64_t shapes[][3] = {{32, 64, 784}, {32, 128, 256}, {64, 256, 64},
                                  {8, 64, 4096}, {3, 48, 10000}, {6, 48, 10000}};
+    /* Nobody has read the machine in this process: it is what the plan takes where nothing is known, of which hardware
+     * that follows runs takes its turns with the same caches. */
+    bool *follows = &((fbn_machine *)(uintptr_t)fbn_this_machine())->follows;
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         const int64_t *s = shapes[i];
-        check_shape(s[0], s[1], s[2], 0, false);
-        check_shape(s[0], s[1], s[2], 16, false);
+        *follows = false;
+        check_shape(FBN_PLAN_FORWARD, s[0], s[1], s[2], 0, false);
+        check_shape(FBN_PLAN_FORWARD, s[0], s[1], s[2], 16, false);
         if (!fbn_short(s[2])) {
-            check_shape(s[0], s[1], s[2], 0, true);
+            check_shape(FBN_PLAN_FORWARD, s[0], s[1], s[2], 0, true);
+        }
+        *follows = true;
+        if (!fbn_short(s[2]) && s[0] * s[2] <= 32768) {
+            check_shape(FBN_PLAN_BACKWARD, s[0], s[1], s[2], 0, false);
+            check_shape(FBN_PLAN_BACKWARD, s[0], s[1], s[2], 16, false);
         }
     }
-    check_shape(32, 256, 196, 0, false); /* rows that end within a vector */
+    *follows = false;
+    check_shape(FBN_PLAN_FORWARD, 32, 256, 196, 0, false); /* rows that end within a vector */
+    *follows = true;
+    check_shape(FBN_PLAN_BACKWARD, 16, 512, 196, 0, false);
+    *follows = false;
 }

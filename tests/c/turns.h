@@ -6,8 +6,8 @@
 
 void check_turns(void);
 
-/* Elements of a turn's slab that are normalized: a place counts from where its run begins, which is an image's first
- * row where rows touch and there is no gate. */
+/* Elements of a turn's slab that are applied: a place counts from where its run begins, which is an image's first row
+ * where rows touch and there is no gate. */
 static inline int64_t turn_done(const fbn_turn *t)
 {
     const fbn_place *p = &t->place;
