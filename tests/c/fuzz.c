@@ -178,7 +178,8 @@ static fbn_machine machine;
     SEEN(panels_of_rows, plan.panel > 0 && g->family == FBN_COLS)                                                      \
     SEEN(streams, plan.stream)                                                                                         \
     SEEN(turns, plan.turn > 0)                                                                                         \
-    SEEN(beside, plan.beside)                                                                                          \
+    SEEN(beside, plan.beside && call->op == FBN_PLAN_FORWARD)                                                          \
+    SEEN(beside_gradients, plan.beside && call->op == FBN_PLAN_BACKWARD)                                               \
     SEEN(teams_in_turns, plan.team > 1 && plan.turn > 0)                                                               \
     SEEN(ahead, plan.ahead > 0 && plan.ahead < g->channels)                                                            \
     SEEN(fetches, plan.fetch > 0)                                                                                      \
