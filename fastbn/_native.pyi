@@ -176,6 +176,8 @@ def plan(
     adjacent: bool = True,
     residual: bool = False,
     machine: dict[str, int] | None = None,
+    aligned: bool = True,
+    beside: bool | None = None,  # None: what the kernels in use can do
 ) -> dict[str, Any]: ...
 def view(x: Any, name: str) -> _Array: ...
 def copy(src: _Array, dst: _Array, threads: int) -> None: ...  # the streaming copy: contiguous, same size in bytes

@@ -106,7 +106,8 @@ cdef extern from "plan.h" nogil:
 
 cdef extern from "dispatch.h" nogil:
     ctypedef struct fbn_kernels:
-        bint beside_moments, beside_gradients
+        pass
+    bint fbn_goes_beside(const fbn_kernels *k, bint backward)
     ctypedef struct fbn_tier:
         const char *name
         bint built, runnable
@@ -1428,24 +1429,20 @@ def machine():
     return {"l2": fbn_this_machine().l2, "l3": fbn_this_machine().l3, "follows": bool(fbn_this_machine().follows)}
 
 
-def plan(str op, str dtype, str family, outer, channels, inner, threads, gated=False, adjacent=True, aligned=True,
-         residual=False, beside=None, machine=None):
+def plan(str op, str dtype, str family, outer, channels, inner, threads, gated=False, adjacent=True,
+         residual=False, machine=None, aligned=True, beside=None):
     """The plan's decisions for a call, without running it; beside and machine override what the kernels in use can do,
     and what `machine` returns."""
     cdef fbn_geometry g
     cdef fbn_call call
     cdef fbn_machine m = fbn_this_machine()[0]
     cdef fbn_plan p
-    cdef const fbn_kernels *kernels
     g.dtype = <fbn_dtype><int>DTYPES.index(dtype)
     g.family = <fbn_family><int>_FAMILIES.index(family)
     g.outer, g.channels, g.inner = outer, channels, inner
     call.op = _OPS.index(op)
     call.threads, call.gated, call.adjacent, call.aligned = threads, gated, adjacent, aligned
-    if beside is None:
-        kernels = fbn_kernels_for(g.dtype)
-        beside = kernels.beside_gradients if op == "backward" else kernels.beside_moments
-    call.beside = beside
+    call.beside = fbn_goes_beside(fbn_kernels_for(g.dtype), op == "backward") if beside is None else beside
     call.tensors = {"moments": 1, "backward": 3, "apply": 3}.get(op, 2) + bool(residual)
     if machine is not None:
         m.l2, m.l3 = machine["l2"], machine["l3"]

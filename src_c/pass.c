@@ -40,10 +40,11 @@ static bool fbn_adjacent(const fbn_geometry *g, const fbn_tensor *t)
     return t->data == NULL || (g->family == FBN_ROWS ? t->channel_stride == g->inner : t->outer_stride == g->channels);
 }
 
-static bool fbn_aligned(const fbn_geometry *g, const fbn_tensor *t)
+static bool fbn_lines_up(const fbn_geometry *g, const fbn_tensor *t, bool gated)
 {
     const int64_t steps = t->outer_stride | (fbn_adjacent(g, t) ? 0 : t->channel_stride);
-    return ((uintptr_t)t->data | (uintptr_t)(steps * fbn_dtype_size(g->dtype))) % FBN_LINE == 0;
+    const uintptr_t begins = gated ? (uintptr_t)t->data : 0;
+    return (begins | (uintptr_t)steps * (uintptr_t)fbn_dtype_size(g->dtype)) % FBN_LINE == 0;
 }
 
 bool fbn_pass_ready(fbn_pass *pass, const fbn_geometry *g, fbn_act act, fbn_op op, int threads)
@@ -64,8 +65,8 @@ bool fbn_pass_ready(fbn_pass *pass, const fbn_geometry *g, fbn_act act, fbn_op o
     }
     pass->g = *g;
     pass->kernels = fbn_kernels_for(g->dtype);
-    call.aligned = fbn_aligned(g, &pass->y);
-    call.beside = pass->backward ? pass->kernels->beside_gradients : pass->kernels->beside_moments;
+    call.aligned = fbn_lines_up(g, &pass->y, call.gated);
+    call.beside = fbn_goes_beside(pass->kernels, pass->backward);
     pass->plan = fbn_make_plan(g, &call, fbn_this_machine());
     pass->rule = (fbn_gate_rule){.kind = (int)act.kind,
                                  .upper = act.kind == FBN_RELU6 ? 6.0 : (double)INFINITY,
@@ -205,10 +206,13 @@ typedef struct fbn_walk {
 } fbn_walk;
 
 /* Bytes to what is fetched beside a row of `step` of a tensor's: the slab so many channels on, or the next row; or what
- * comes soon where that is nearer, and read already. */
+ * comes soon where that is nearer, and read already. Nothing where hardware fetches what comes soon. */
 static int64_t fbn_row_ahead(const fbn_pass *pass, const fbn_tensor *t, int64_t ahead, int64_t step)
 {
     int64_t bytes = (ahead > 0 ? ahead * t->channel_stride : t->outer_stride * step) * fbn_dtype_size(pass->g.dtype);
+    if (ahead == 0 && pass->plan.soon == 0) {
+        return 0;
+    }
     return bytes > 0 && bytes < pass->plan.soon ? pass->plan.soon : bytes;
 }
 

@@ -220,13 +220,13 @@ static int64_t fbn_choose_ahead(const fbn_geometry *g, const fbn_call *call, con
     return turns ? 2 * plan->slab : plan->slab;
 }
 
-/* Whether slabs can be applied side by side with sums: they begin with cache lines, and every vector of them is whole.
- * Sums of short planes are in memory. */
-static bool fbn_goes_beside(const fbn_geometry *g, const fbn_call *call, const fbn_plan *plan)
+/* Whether slabs can be applied side by side with sums: their runs are whole vectors and cache lines. Sums of short
+ * planes are in memory. */
+static bool fbn_fits_beside(const fbn_geometry *g, const fbn_call *call, const fbn_plan *plan)
 {
     const int64_t run = (call->adjacent && !call->gated ? plan->grain : 1) * g->inner;
     const bool whole = run % 16 == 0 && run * fbn_dtype_size(g->dtype) % FBN_CACHE_LINE == 0;
-    return plan->turn > 0 && call->beside && call->aligned && whole && !fbn_short(g->inner);
+    return plan->turn > 0 && call->beside && call->aligned && whole && g->inner > FBN_SHORT_MOST;
 }
 
 static fbn_plan fbn_plan_as(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m, bool large, bool turns)
@@ -251,7 +251,7 @@ static fbn_plan fbn_plan_as(const fbn_geometry *g, const fbn_call *call, const f
      * they are long. */
     run = plan.panel > 0 ? FBN_CACHE_LINE : run;
     plan.stream = large && (run % FBN_CACHE_LINE == 0 || run >= FBN_PATCHED_BYTES);
-    plan.beside = fbn_goes_beside(g, call, &plan);
+    plan.beside = fbn_fits_beside(g, call, &plan);
     plan.backwards = fbn_two_phase(call->op) && !turns;
     plan.ahead = fbn_choose_ahead(g, call, m, &plan, large);
     plan.soon = m->follows ? 0 : FBN_SOON;

@@ -28,7 +28,7 @@ typedef struct {
     int threads;   /* the most that may be used */
     bool gated;    /* a gate is read or written */
     bool adjacent; /* rows: planes of neighbouring channels touch; cols: rows touch. In every tensor of the call */
-    bool aligned;  /* rows: the result begins with a cache line wherever a run of it does */
+    bool aligned;  /* rows: runs of the result begin at one place of a cache line; with a gate, at its beginning */
     bool beside;   /* there are kernels that apply a slab side by side with the sums of another */
     int tensors;   /* that are read or written */
 } fbn_call;
@@ -49,7 +49,7 @@ typedef struct {
     bool stream;    /* the output is written past the cache */
     bool backwards; /* an apply walk starts where the reduce before it ended: least of it has left the cache */
     int64_t ahead;  /* an apply prefetches what lies so many channels on; 0: what comes next in its run */
-    int64_t soon;   /* bytes to that */
+    int64_t soon;   /* bytes to that; 0: then nothing */
     int64_t fetch;  /* a reduce prefetches what lies so many bytes on in its runs; 0: nothing */
 } fbn_plan;
 

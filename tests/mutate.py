@@ -237,12 +237,12 @@ BUGS = [
     ),
     Bug(
         8,
-        "a gradient beside its sums by the coefficients of the row before",
+        "a run beside a sum that ends as the next one begins",
         "src_c/kernels/apply.inc",
-        "b->next = FN(beside_coef)(turn, last ? 0 : b->row + 1, backward, mode);",
-        "b->next = FN(beside_coef)(turn, last || backward ? 0 : b->row + 1, backward, mode);",
+        "FN(applied)(p, i, (int)own, b->k, 0,",
+        "FN(applied)(p, i, (int)own, b->next, 0,",
         "make native THOROUGHNESS=1",
-        "^FAILED backward_reduce_rows .*: avx512 applies wrongly",
+        "^FAILED moments_rows .*: avx2 applies wrongly",
     ),
     Bug(
         8,

@@ -279,6 +279,7 @@ def test_what_takes_turns():
         assert p["ahead"] == p["slab"]
     assert not plan("forward", 64, 49)["turn"], "nothing is streamed"
     assert not plan("forward", 4096, 9)["turn"], "panels"
+    assert not _native.plan("forward", "float64", "rows", 4, 1 << 17, 8, 1, machine=machine, beside=True)["beside"]
     assert not plan("forward", 2048, 49, gated=True)["turn"], "runs of 196 bytes cannot be streamed"
     assert plan("forward", 512, 784, gated=True)["turn"]
     channel = 32 * 49 * 4
@@ -405,8 +406,17 @@ def test_past_the_cache(planes, dtype, layout, rng):
             gated = fastbn.batch_norm_backward(grad_output, x, saved, weight, bias)
         for found, wanted in zip((y, z, dx, added, gated[0], gated[3]), expected, strict=True):
             assert arrays.same_bytes(found, wanted)
-    y = fastbn.batch_norm_forward(arrays.misaligned(x), weight, bias, out=arrays.misaligned(x), **options)[0]
-    assert arrays.same_bytes(y, expected[0])
+    for off in (arrays.misaligned, arrays.unaligned_to_vectors):
+        y, saved = fastbn.batch_norm_forward(off(x), weight, bias, out=off(x), **options)
+        assert arrays.same_bytes(y, expected[0])
+        dx = fastbn.batch_norm_backward(off(grad_output), x, saved, weight, bias, out=off(x))[0]
+        assert arrays.same_bytes(dx, expected[2])
+    over = x.copy()
+    dx = fastbn.batch_norm_backward(grad_output, over, saved, weight, bias, out=over)[0]
+    assert arrays.same_bytes(dx, expected[2])
+    over = grad_output.copy()
+    dx = fastbn.batch_norm_backward(over, x, saved, weight, bias, out=over)[0]
+    assert arrays.same_bytes(dx, expected[2])
 
 
 @pytest.mark.parametrize("inner", [9, 49, 196])

@@ -151,6 +151,11 @@ typedef struct {
     fbn_kernels of[FBN_DTYPE_COUNT];
 } fbn_isa;
 
+static inline bool fbn_goes_beside(const fbn_kernels *k, bool backward)
+{
+    return backward ? k->beside_gradients : k->beside_moments;
+}
+
 static inline bool fbn_has_kernels(const fbn_isa *isa, fbn_dtype dtype) { return isa->of[dtype].copy != NULL; }
 
 /* Names read op_family_dtype_isa. */

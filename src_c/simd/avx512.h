@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #define V_SIDE 4
+#define V_ROOMY
 
 #if defined(__GNUC__)
 #define V_RARELY(x) __builtin_expect((x) != 0, 0)

@@ -195,7 +195,9 @@ fbn_plan __wrap_fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const
 fbn_plan __wrap_fbn_make_plan(const fbn_geometry *g, const fbn_call *call, const fbn_machine *m)
 {
     REQUIRE(m == fbn_this_machine());
-    fbn_plan plan = __real_fbn_make_plan(g, call, &machine);
+    fbn_call asked = *call;
+    asked.beside = true; /* kernels that cannot refuse, and take turns */
+    fbn_plan plan = __real_fbn_make_plan(g, &asked, &machine);
     plan.turn = plan.turn > 0 ? 48 : 0; /* these tensors are small, and turns are to end in the middle of rows */
 #define SEE(what, condition) seen.what += (condition) ? 1 : 0;
     plan.images = fbn_min(plan.images, 3); /* few images are more than one step has */

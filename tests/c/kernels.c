@@ -504,7 +504,7 @@ static void draw_slab(const call *c, rng *r)
     const int64_t y_stride = width + (!simple && rng_one_in(r, 4) ? line - width % line : 0);
     const int64_t y_image = y_stride * rows;
     *t = (fbn_turn){
-        .span = {.y = slab.y + (!simple && rng_one_in(r, 4) ? 4 * size : 0),
+        .span = {.y = slab.y + (rng_one_in(r, 2) ? rng_below(r, 16) * size : 0),
                  .x_stride = x_stride,
                  .y_stride = y_stride,
                  .rows = rows,

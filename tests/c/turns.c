@@ -12,8 +12,10 @@
 const fbn_kernels *__real_fbn_kernels_for(fbn_dtype dtype);
 const fbn_kernels *__wrap_fbn_kernels_for(fbn_dtype dtype);
 
+enum { FINE = 256 };
 static bool counting;
 static int64_t afterwards;
+static bool fine; /* what was left was as little as what is less than a step */
 static fbn_kernels counted;
 
 /* A kernel that reduces calls its own, so that what comes here is what was left. */
@@ -21,7 +23,9 @@ static void count_some(fbn_turn *turn)
 {
     const int64_t before = turn_done(turn);
     __real_fbn_kernels_for(FBN_F32)->apply_some(turn);
-    afterwards += turn_done(turn) - before;
+    const int64_t left = turn_done(turn) - before;
+    fine = fine && (before == 0 || left <= FINE);
+    afterwards += left;
 }
 
 const fbn_kernels *__wrap_fbn_kernels_for(fbn_dtype dtype)
@@ -49,12 +53,16 @@ static void check_shape(fbn_op op, int64_t outer, int64_t channels, int64_t inne
 {
     const bool backward = op == FBN_PLAN_BACKWARD;
     const fbn_geometry g = {FBN_F32, FBN_ROWS, outer, channels, inner};
+    const bool beside = fbn_goes_beside(__real_fbn_kernels_for(FBN_F32), backward);
+    if (backward && !beside) {
+        return;
+    }
     const fbn_call call = {.op = op,
                            .threads = 1,
                            .gated = gated,
                            .adjacent = gap == 0,
                            .aligned = true,
-                           .beside = true,
+                           .beside = beside,
                            .tensors = backward || gated ? 3 : 2};
     const fbn_plan plan = fbn_make_plan(&g, &call, fbn_this_machine());
     const int64_t next = inner + gap;
@@ -82,12 +90,14 @@ static void check_shape(fbn_op op, int64_t outer, int64_t channels, int64_t inne
         moments.m2[c] = 4.0;
     }
     afterwards = 0;
+    fine = true;
     counting = true;
     const fbn_status status =
         backward ? fbn_backward(&g, x, other, y, NULL, gate, &affine, act, true, 1, sums[0], sums[1])
                  : fbn_forward(&g, x, gated ? &other : NULL, y, gate, &(fbn_affine){0}, act, 1, &moments);
     counting = false;
-    check(status == FBN_OK && plan.turn > 0, "%s: no turns", name);
+    check(status == FBN_OK && plan.turn > 0 && afterwards > 0, "%s: no turns", name); /* the last slab is left */
+    check(fine || !plan.beside, "%s: by turns, not side by side", name);
     const int64_t by_turns = elements - afterwards;
     /* The same numbers from what was summed. */
     if (backward) {
