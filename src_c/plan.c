@@ -45,7 +45,7 @@ int64_t fbn_dtype_size(fbn_dtype dtype) { return dtype == FBN_F64 ? 8 : dtype ==
 enum { FBN_PIECE = 1 << 16, FBN_TURN = 4096, FBN_ROWS_BYTES = 1 << 16, FBN_PANEL_TILE = 8 };
 
 /* Bytes from what is read to what is fetched: by a reduce, and by an apply, whose stores come in between. */
-enum { FBN_REACH = 2048, FBN_SOON = 1024 };
+enum { FBN_REACH = 2048, FBN_SOON = 1024, FBN_SOON_FOLLOWED = 2048 };
 
 /* Bytes below which a parallel region costs more than it saves; what is short enough for a panel, and where rows that
  * are not streamed share their coefficients; how many rows and elements make one worth it; columns of a tile, whose
@@ -220,6 +220,13 @@ static int64_t fbn_choose_ahead(const fbn_geometry *g, const fbn_call *call, con
     return turns ? 2 * plan->slab : plan->slab;
 }
 
+/* Where hardware follows runs a single sweep gains 5 % by what it fetches. What sums have read before is in L2, and
+ * then a backward loses 3 %. */
+static int64_t fbn_choose_soon(const fbn_call *call, const fbn_machine *m)
+{
+    return !m->follows ? FBN_SOON : fbn_two_phase(call->op) ? 0 : FBN_SOON_FOLLOWED;
+}
+
 /* Whether slabs can be applied side by side with sums: their runs are whole vectors and cache lines. Sums of short
  * planes are in memory. */
 static bool fbn_fits_beside(const fbn_geometry *g, const fbn_call *call, const fbn_plan *plan)
@@ -254,7 +261,7 @@ static fbn_plan fbn_plan_as(const fbn_geometry *g, const fbn_call *call, const f
     plan.beside = fbn_fits_beside(g, call, &plan);
     plan.backwards = fbn_two_phase(call->op) && !turns;
     plan.ahead = fbn_choose_ahead(g, call, m, &plan, large);
-    plan.soon = m->follows ? 0 : FBN_SOON;
+    plan.soon = fbn_choose_soon(call, m);
     plan.fetch = fbn_choose_fetch(g, call, m, &plan);
     return plan;
 }
