@@ -380,7 +380,7 @@ def test_past_the_cache(planes, dtype, layout, rng):
         panels = axis == 1 and inner * dtype.itemsize < 64
         p = plan(channels, inner, 2, beside=True)
         turns = axis == 1 and not panels and (op == "forward" or (op == "backward" and follows))
-        beside = turns and (planes in ("words", "even") or (planes == "long" and not follows))
+        beside = turns and planes in ("words", "even")
         assert (p["turn"] > 0) == (beside if follows else turns)
         assert p["beside"] == beside
         assert not plan(channels - 3 * quarter, inner, 2)["stream"]

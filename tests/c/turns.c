@@ -15,7 +15,7 @@ const fbn_kernels *__wrap_fbn_kernels_for(fbn_dtype dtype);
 enum { FINE = 256 };
 static bool counting;
 static int64_t afterwards;
-static bool fine; /* what was left was as little as what is less than a step */
+static bool fine; /* of every slab but the last, no more was left than a few steps */
 static fbn_kernels counted;
 
 /* A kernel that reduces calls its own, so that what comes here is what was left. */
