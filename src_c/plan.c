@@ -40,9 +40,16 @@ const fbn_machine *fbn_this_machine(void) { return &fbn_machine_now; }
 int64_t fbn_dtype_size(fbn_dtype dtype) { return dtype == FBN_F64 ? 8 : dtype == FBN_F32 ? 4 : 2; }
 
 /* How much of a tensor one step of an apply walk covers: small enough to share, large enough to call a kernel for.
- * Elements of a run; bytes of rows; images of a panel. And where walks take turns, elements: stores are to drain while
- * the other reads. */
-enum { FBN_PIECE = 1 << 16, FBN_TURN = 4096, FBN_ROWS_BYTES = 1 << 16, FBN_PANEL_TILE = 8 };
+ * Elements of a run; images of a panel; bytes of rows, at most and unless they are shared. A row's columns, of which L1
+ * is to keep the coefficients. And where walks take turns, elements: stores are to drain while the other reads. */
+enum {
+    FBN_PIECE = 1 << 16,
+    FBN_PANEL_TILE = 8,
+    FBN_ROWS_MOST = 1 << 19,
+    FBN_ROWS_LEAST = 1 << 16,
+    FBN_COLUMNS = 1024,
+    FBN_TURN = 4096
+};
 
 /* Bytes from what is read to what is fetched: by a reduce, and by an apply, whose stores come in between. */
 enum { FBN_REACH = 2048, FBN_SOON = 1024, FBN_SOON_FOLLOWED = 2048 };
@@ -175,12 +182,16 @@ static void fbn_choose_step(const fbn_geometry *g, fbn_plan *plan)
 {
     const int64_t parts = plan->slab != 0 ? 1 : plan->team;
     int64_t run = g->inner;
+    int64_t longest = FBN_PIECE;
     plan->images = 1;
     if (g->family == FBN_COLS) {
         int64_t fold = plan->panel > 0 ? plan->panel : 1;
         int64_t rows = g->outer < fold ? 1 : g->outer / fold;
+        int64_t bytes =
+            parts > 1 ? fbn_clamp(fbn_bytes(g) / (parts * 16), FBN_ROWS_LEAST, FBN_ROWS_MOST) : FBN_ROWS_MOST;
         run = g->channels * fold;
-        plan->side = fbn_clamp(FBN_ROWS_BYTES / (run * fbn_dtype_size(g->dtype)), 1, rows);
+        longest = FBN_COLUMNS;
+        plan->side = fbn_clamp(bytes / (run * fbn_dtype_size(g->dtype)), 1, rows);
     } else if (plan->panel > 0) {
         plan->side = plan->panel;
         plan->piece = fbn_clamp(parts > 1 ? FBN_PANEL_TILE : g->outer, 1, g->outer);
@@ -195,7 +206,7 @@ static void fbn_choose_step(const fbn_geometry *g, fbn_plan *plan)
                 fbn_clamp(FBN_PIECE / (most * g->inner), 1, fbn_max(g->outer / (parts > 1 ? parts * 4 : 1), 1));
         }
     }
-    plan->piece = fbn_ceil_div(fbn_ceil_div(run, fbn_ceil_div(run, FBN_PIECE)), 16) * 16;
+    plan->piece = fbn_ceil_div(fbn_ceil_div(run, fbn_ceil_div(run, longest)), 16) * 16;
 }
 
 /* Where hardware follows runs it fetches them. Elsewhere what the last-level cache holds comes as fast without; and so

@@ -317,7 +317,8 @@ def test_slabs_are_even(dtype):
 
 def test_what_an_apply_step_covers():
     """Red with a step that cuts a line or a word of the gate in two, panels that are not shared among the threads,
-    images that are not, or one at a time, or turns of another size.
+    images that are not, or one at a time, rows that are not, or whose coefficients L1 does not keep, or turns of another
+    size.
     """
     machine = {"l2": 1 << 20, "l3": 1 << 30}
     sizes = itertools.product(["forward", "normalize"], [3, 500, 4096], [7, 49, 784, 3001, 65537])
@@ -341,11 +342,15 @@ def test_what_an_apply_step_covers():
             assert p["slab"] or p["team"] == 1 or p["team"] * 4 * p["images"] <= 64
     for channels, inner, images in ((4096, 49, 64), (4096, 784, 64), (64, 12544, 5)):
         assert _native.plan("backward", "float32", "rows", 64, channels, inner, 1, machine=machine)["images"] == images
-    for channels in (10, 1000, 100_000):
-        p = _native.plan("normalize", "float32", "cols", 10_000, channels, 1, 2, machine=machine)
+    for rows, channels, threads in itertools.product([100, 10_000], [10, 1000, 100_000], [1, 2, 64]):
+        p = _native.plan("normalize", "float32", "cols", rows, channels, 1, threads, machine=machine)
+        run = channels * max(p["panel"], 1)
+        least = rows * channels * 4 // (16 * p["team"])  # so that threads have about as much as one another
+        most = 1 << 19 if p["team"] == 1 else min(max(least, 1 << 16), 1 << 19)
         assert p["piece"] % 16 == 0
-        assert p["piece"] >= min(channels * max(p["panel"], 1), 1 << 15)
-        assert p["side"] == 1 or 1 << 15 < p["side"] * channels * max(p["panel"], 1) * 4 <= 1 << 16
+        assert min(run, 512) <= p["piece"] <= 1024, "L1 keeps the coefficients"
+        assert p["side"] == 1 or p["side"] * run * 4 <= most
+        assert (p["side"] + 1) * run * 4 > most or p["side"] == rows // max(p["panel"], 1)
 
 
 @pytest.mark.parametrize("planes", ["long", "words", "even", "short", "tiny"])
