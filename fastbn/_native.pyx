@@ -8,7 +8,7 @@ cimport cython
 cimport numpy as cnp
 from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_New
-from libc.math cimport INFINITY, isfinite, sqrt
+from libc.math cimport INFINITY, isfinite
 from libc.stdint cimport SIZE_MAX, int64_t, intptr_t, uint8_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
@@ -58,7 +58,7 @@ cdef extern from "fastbn.h" nogil:
     int64_t fbn_gate_bytes(const fbn_geometry *g)
     fbn_status fbn_moments_of(const fbn_geometry *g, fbn_tensor x, int threads, fbn_moments *out)
     fbn_status fbn_forward(const fbn_geometry *g, fbn_tensor x, const fbn_tensor *residual, fbn_tensor y, uint8_t *gate,
-                           const fbn_affine *affine, fbn_act act, int threads, fbn_moments *out)
+                           const fbn_affine *affine, fbn_act act, int threads, fbn_moments *out, double *var)
     fbn_status fbn_normalize(const fbn_geometry *g, fbn_tensor x, const fbn_tensor *residual, fbn_tensor y,
                              uint8_t *gate, const fbn_affine *affine, fbn_act act, int threads)
     fbn_status fbn_prepare(fbn_dtype dtype, int64_t channels, const fbn_affine *affine, fbn_prepared **out)
@@ -74,7 +74,7 @@ cdef extern from "fastbn.h" nogil:
                                   int threads)
     fbn_status fbn_backward(const fbn_geometry *g, fbn_tensor x, fbn_tensor dy, fbn_tensor dx,
                             const fbn_tensor *dresidual, const uint8_t *gate, const fbn_affine *affine, fbn_act act,
-                            bint training, int threads, double *sum_dy, double *sum_dy_xmu)
+                            bint training, int threads, double *grad_bias, double *grad_weight)
     fbn_status fbn_copy(const void *src, void *dst, int64_t bytes, int threads)
 
 cdef extern from "geometry.h" nogil:
@@ -885,7 +885,7 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
     cdef double factor = real("momentum", momentum, -INFINITY, INFINITY)
     cdef cnp.ndarray residual = None
     cdef cnp.ndarray y
-    cdef _ParamBlock p = params(channels, 2)
+    cdef _ParamBlock p = params(channels, 3)
     cdef fbn_affine affine
     cdef fbn_moments stats
     cdef Geometry geo
@@ -895,7 +895,6 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
     cdef int threads = fbn_get_num_threads()
     cdef fbn_tensor *other = NULL
     cdef uint8_t *gate
-    cdef Py_ssize_t i
     memset(&affine, 0, sizeof(affine))
     affine.eps = eps
     load_parameters(&affine, p, weight, bias)
@@ -916,17 +915,20 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
     if cnp.PyArray_SIZE(x) == 0:
         memset(saved.mean_, 0, <size_t>(3 * channels) * sizeof(double))
         return y, saved
-    stats.mean, stats.mean_lo, stats.m2 = saved.mean_, saved.mean_lo, saved.var_
+    stats.mean, stats.mean_lo, stats.m2 = saved.mean_, saved.mean_lo, p.slot(2)
     result = y, saved
     if layer is not None:
-        tracked, skipped = layer._tracked, layer._skipped
-        count, missed = tracked + 1, skipped + 1
+        tracked = layer._tracked
+        count = tracked + 1
+        if guard:
+            skipped = layer._skipped
+            missed = skipped + 1
     moved = arrange_forward(saved, x, residual, y, code, axis, channels, &geo)
     gate = gate_data(saved)
     if residual is not None:
         other = &geo.t[1]
     state = let_go(cnp.PyArray_NBYTES(x))
-    status = fbn_forward(&geo.g, geo.t[0], other, geo.t[2], gate, &affine, act, threads, &stats)
+    status = fbn_forward(&geo.g, geo.t[0], other, geo.t[2], gate, &affine, act, threads, &stats, saved.var_)
     take_back(state)
     check(status)
     finish(moved)
@@ -934,14 +936,12 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
     if layer is not None:
         if layer._tracked is not tracked:  # an argument has code of its own, which has trained the layer meanwhile
             count = layer._tracked + 1
-        if layer._skipped is not skipped:
+        if guard and layer._skipped is not skipped:
             missed = layer._skipped + 1
     # From here on nothing asks for memory, and no signal is handled: a counter moves together with the statistics.
     lock_numbers()
     saved.moved = update_running(running_mean, running_var, factor, &stats, channels, guard)
     unlock_numbers()
-    for i in range(channels):
-        stats.m2[i] /= <double>stats.count
     if layer is not None:
         if saved.moved:
             layer._tracked = count
@@ -950,8 +950,8 @@ cdef tuple run_forward(object x_given, object running_mean, object running_var, 
     return result
 
 
-cdef void running_move(cnp.ndarray a, double factor, const double *batch, double divisor) noexcept:
-    """a = (1 - factor) * a + factor * batch / divisor, in a's dtype, whatever its alignment, byte order and stride."""
+cdef void running_move(cnp.ndarray a, double factor, const double *batch) noexcept:
+    """a = (1 - factor) * a + factor * batch, in a's dtype, whatever its alignment, byte order and stride."""
     cdef Py_ssize_t n = cnp.PyArray_DIM(a, 0)
     cdef Py_ssize_t stride = cnp.PyArray_STRIDE(a, 0)
     cdef bint is_narrow = cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32
@@ -964,13 +964,13 @@ cdef void running_move(cnp.ndarray a, double factor, const double *batch, double
     cdef Py_ssize_t i
     if is_narrow and cnp.PyArray_ISCARRAY(a):  # the same in a loop that becomes vectors
         for i in range(n):
-            (<float *>at)[i] = <float>((1.0 - factor) * <double>(<float *>at)[i] + factor * (batch[i] / divisor))
+            (<float *>at)[i] = <float>((1.0 - factor) * <double>(<float *>at)[i] + factor * batch[i])
         return
     for i in range(n):
         memcpy(number, at, size)
         if swapped:
             reverse(number, size)
-        wide = (1.0 - factor) * (<double>narrow if is_narrow else wide) + factor * (batch[i] / divisor)
+        wide = (1.0 - factor) * (<double>narrow if is_narrow else wide) + factor * batch[i]
         narrow = <float>wide
         if swapped:
             reverse(number, size)
@@ -987,18 +987,21 @@ cdef void reverse(char *bytes, size_t n) noexcept:
 cdef bint update_running(cnp.ndarray mean, cnp.ndarray var, double factor, const fbn_moments *stats,
                          Py_ssize_t channels, bint guard) noexcept:
     """Moves both, the variance by the unbiased one; or neither, and returns False, where `guard` finds a statistic of the
-    batch that is not finite in the dtype of the running one.
+    batch that is not finite in the dtype of the running one. The sums of squares become those variances.
     """
     cdef double rest = <double>stats.count - 1.0
+    cdef double *unbiased = stats.m2
     cdef Py_ssize_t i
+    for i in range(channels):
+        unbiased[i] /= rest
     if guard:
         for i in range(channels):
-            if not (holds(mean, stats.mean[i]) and holds(var, stats.m2[i] / rest)):
+            if not (holds(mean, stats.mean[i]) and holds(var, unbiased[i])):
                 return False
     if mean is not None:
-        running_move(mean, factor, stats.mean, 1.0)
+        running_move(mean, factor, stats.mean)
     if var is not None:
-        running_move(var, factor, stats.m2, rest)
+        running_move(var, factor, unbiased)
     return True
 
 
@@ -1218,9 +1221,8 @@ def backward(grad_output, x, Saved saved not None, weight, bias, out):
     cdef fbn_tensor *extra = NULL
     cdef const uint8_t *gate
     cdef const fbn_geometry *wanted = NULL
-    cdef double *sum_dy
-    cdef double *sum_dy_xmu
-    cdef double deviation
+    cdef double *grad_bias
+    cdef double *grad_weight
     cdef bint training = saved.count > 0
     cdef Py_ssize_t i
     if code != saved.code:
@@ -1235,14 +1237,14 @@ def backward(grad_output, x, Saved saved not None, weight, bias, out):
     affine.eps = saved.eps
     affine.mean, affine.mean_lo, affine.var = saved.mean_, saved.mean_lo, saved.var_
     load_parameters(&affine, p, weight, bias)
-    sum_dy = p.slot(2)
-    sum_dy_xmu = p.slot(3)
+    grad_bias = p.slot(2)
+    grad_weight = p.slot(3)
     dx = output(out, vx, code, "out")
     if saved.has_residual:
         dresidual = output(None, vx, code, "grad_residual")
         extra = &geo.t[3]
     if cnp.PyArray_SIZE(vx) == 0:
-        memset(sum_dy, 0, <size_t>(2 * channels) * sizeof(double))
+        memset(grad_bias, 0, <size_t>(2 * channels) * sizeof(double))
     else:
         gate = gate_data(saved)
         if gate != NULL:
@@ -1250,15 +1252,12 @@ def backward(grad_output, x, Saved saved not None, weight, bias, out):
         moved = arrange(vx, dy, dx, dresidual, code, axis, channels, wanted, saved.walk, &geo)
         state = let_go(cnp.PyArray_NBYTES(vx))
         status = fbn_backward(&geo.g, geo.t[0], geo.t[1], geo.t[2], extra, gate, &affine, saved.act, training, threads,
-                              sum_dy, sum_dy_xmu)
+                              grad_bias, grad_weight)
         take_back(state)
         check(status)
         finish(moved)
-    for i in range(channels):
-        deviation = sqrt(affine.var[i] + affine.eps)
-        sum_dy_xmu[i] = 0.0 if training and deviation == 0.0 else sum_dy_xmu[i] / deviation
-    dweight = gradient_of(weight, code, channels, sum_dy_xmu)
-    dbias = gradient_of(weight if bias is None else bias, code, channels, sum_dy)
+    dweight = gradient_of(weight, code, channels, grad_weight)
+    dbias = gradient_of(weight if bias is None else bias, code, channels, grad_bias)
     return dx if out is None else out, dweight, dbias, dresidual
 
 

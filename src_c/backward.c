@@ -111,7 +111,7 @@ fbn_status fbn_backward_apply(const fbn_geometry *g, fbn_tensor x, fbn_tensor dy
                               const fbn_tensor *dresidual, const uint8_t *gate, const fbn_affine *affine, fbn_act act,
                               const double *sum_dy, const double *sum_dy_xmu, double count, int threads)
 {
-    fbn_backward_call b = {.batch = count != 0.0, .sums = {sum_dy, sum_dy_xmu, count}};
+    fbn_backward_call b = {.batch = count != 0.0, .sums = {sum_dy, sum_dy_xmu, count, NULL}};
     b.work.pass.y = dx;
     if (dresidual != NULL) {
         b.work.pass.extra = *dresidual;
@@ -130,18 +130,21 @@ fbn_status fbn_backward_apply(const fbn_geometry *g, fbn_tensor x, fbn_tensor dy
 
 fbn_status fbn_backward(const fbn_geometry *g, fbn_tensor x, fbn_tensor dy, fbn_tensor dx, const fbn_tensor *dresidual,
                         const uint8_t *gate, const fbn_affine *affine, fbn_act act, bool training, int threads,
-                        double *sum_dy, double *sum_dy_xmu)
+                        double *grad_bias, double *grad_weight)
 {
-    fbn_backward_call b = {.batch = training, .sum_dy = sum_dy, .sum_dy_xmu = sum_dy_xmu};
+    fbn_backward_call b = {.batch = training, .sum_dy = grad_bias, .sum_dy_xmu = grad_weight};
     b.work.pass.y = dx;
     if (dresidual != NULL) {
         b.work.pass.extra = *dresidual;
     }
-    if (dx.data == NULL || sum_dy == NULL || sum_dy_xmu == NULL ||
+    if (dx.data == NULL || grad_bias == NULL || grad_weight == NULL ||
         !fbn_backward_ready(&b, g, x, dy, affine, gate, act, FBN_PLAN_BACKWARD, threads)) {
         return FBN_BAD_ARGUMENT;
     }
-    b.sums = (fbn_backward_sums){sum_dy, sum_dy_xmu, training ? (double)(g->outer * g->inner) : 0.0};
+    b.sums = (fbn_backward_sums){.sum_dy = grad_bias,
+                                 .sum_dy_xmu = grad_weight,
+                                 .count = training ? (double)(g->outer * g->inner) : 0.0,
+                                 .grad_weight = grad_weight};
     fbn_status status = fbn_work_begin(&b.work, FBN_NEEDS_SUMS | FBN_NEEDS_COEFS);
     if (status != FBN_OK) {
         return status;

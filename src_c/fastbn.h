@@ -62,10 +62,10 @@ int64_t fbn_gate_bytes(const fbn_geometry *g);
 
 fbn_status fbn_moments_of(const fbn_geometry *g, fbn_tensor x, int threads, fbn_moments *out);
 
-/* Training forward: the moments of x, then y. residual and gate may be NULL. affine's mean and var are ignored: they
- * are what this call computes. */
+/* Training forward: the moments of x and the biased variance, then y. residual and gate may be NULL. affine's mean and
+ * var are ignored: they are what this call computes. */
 fbn_status fbn_forward(const fbn_geometry *g, fbn_tensor x, const fbn_tensor *residual, fbn_tensor y, uint8_t *gate,
-                       const fbn_affine *affine, fbn_act act, int threads, fbn_moments *out);
+                       const fbn_affine *affine, fbn_act act, int threads, fbn_moments *out, double *var);
 
 /* Inference: y from given statistics. */
 fbn_status fbn_normalize(const fbn_geometry *g, fbn_tensor x, const fbn_tensor *residual, fbn_tensor y, uint8_t *gate,
@@ -88,10 +88,11 @@ fbn_status fbn_backward_apply(const fbn_geometry *g, fbn_tensor x, fbn_tensor dy
                               const fbn_tensor *dresidual, const uint8_t *gate, const fbn_affine *affine, fbn_act act,
                               const double *sum_dy, const double *sum_dy_xmu, double count, int threads);
 
-/* Both, slab by slab while the slab is in cache. training selects count = outer * inner, else 0. */
+/* Both, slab by slab while the slab is in cache. training selects count = outer * inner, else 0. The gradients of bias
+ * and weight are the sums, the second of them divided by sqrt(var + eps). */
 fbn_status fbn_backward(const fbn_geometry *g, fbn_tensor x, fbn_tensor dy, fbn_tensor dx, const fbn_tensor *dresidual,
                         const uint8_t *gate, const fbn_affine *affine, fbn_act act, bool training, int threads,
-                        double *sum_dy, double *sum_dy_xmu);
+                        double *grad_bias, double *grad_weight);
 
 /* The streaming copy: the roof that every figure is a multiple of. */
 fbn_status fbn_copy(const void *src, void *dst, int64_t bytes, int threads);

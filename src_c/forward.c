@@ -2,10 +2,13 @@
 #include "parallel.h"
 #include "pass.h"
 
+#include <string.h>
+
 typedef struct {
     fbn_work work;
     fbn_affine affine;
     fbn_moments *out;
+    double *var;
 } fbn_forward_call;
 
 /* From combined partials to coefficients. */
@@ -13,11 +16,15 @@ static void fbn_forward_settle(void *context, fbn_coefs *coefs, int64_t first, i
 {
     fbn_forward_call *f = context;
     const fbn_partials *p = &f->work.partials;
+    const size_t bytes = (size_t)(last - first) * sizeof(double);
+    const double count = (double)f->out->count;
+    const double *m2 = p->c;
+    double *var = f->var;
+    memcpy(f->out->mean + first, p->a + first, bytes);
+    memcpy(f->out->mean_lo + first, p->b + first, bytes);
+    memcpy(f->out->m2 + first, m2 + first, bytes);
     for (int64_t c = first; c < last; c++) {
-        f->out->mean[c] = p->a[c];
-        f->out->mean_lo[c] = p->b[c];
-        f->out->m2[c] = p->c[c];
-        p->c[c] /= (double)f->out->count; /* the variance, which affine.var points to */
+        var[c] = m2[c] / count;
     }
     fbn_coefs_fill(coefs, &f->affine, true, NULL, first, last);
 }
@@ -43,14 +50,15 @@ static void fbn_forward_apply(int tid, int team, void *context)
 }
 
 fbn_status fbn_forward(const fbn_geometry *g, fbn_tensor x, const fbn_tensor *residual, fbn_tensor y, uint8_t *gate,
-                       const fbn_affine *affine, fbn_act act, int threads, fbn_moments *out)
+                       const fbn_affine *affine, fbn_act act, int threads, fbn_moments *out, double *var)
 {
     fbn_forward_call f = {.work = {.pass = {.x = x, .y = y, .gate = (uint16_t *)(void *)gate}}};
     if (residual != NULL) {
         f.work.pass.other = *residual;
     }
     if (x.data == NULL || y.data == NULL || affine == NULL || out == NULL || out->mean == NULL ||
-        out->mean_lo == NULL || out->m2 == NULL || !fbn_pass_ready(&f.work.pass, g, act, FBN_PLAN_FORWARD, threads)) {
+        out->mean_lo == NULL || out->m2 == NULL || var == NULL ||
+        !fbn_pass_ready(&f.work.pass, g, act, FBN_PLAN_FORWARD, threads)) {
         return FBN_BAD_ARGUMENT;
     }
     fbn_status status = fbn_work_begin(&f.work, FBN_NEEDS_SUMS | FBN_NEEDS_COEFS);
@@ -62,7 +70,7 @@ fbn_status fbn_forward(const fbn_geometry *g, fbn_tensor x, const fbn_tensor *re
     f.affine = *affine;
     f.affine.mean = out->mean;
     f.affine.mean_lo = out->mean_lo;
-    f.affine.var = f.work.partials.c;
+    f.affine.var = f.var = var;
     int team = f.work.pass.plan.team;
     if (f.work.pass.plan.slab > 0) {
         fbn_parallel(team, fbn_forward_slabs, &f);

@@ -53,9 +53,11 @@ typedef struct {
     double unit; /* scales numbers beyond `huge` back into range, and its inverse those that are too small */
 } fbn_range;
 
-/* Coefficients of z = (x * unit + neg_mean) * scale + shift and of dx = (dz + d * slope) * gain + offset. */
+/* Coefficients of z = (x * unit + neg_mean) * scale + shift and of dx = (dz + d * slope) * gain + offset; and what they
+ * were made with. */
 typedef struct {
     double unit, neg_mean, scale, shift, slope, gain, offset;
+    double deviation;
 } fbn_channel_coef;
 
 /* What float64 loses in weight / sqrt(var + eps), given that quotient's two factors: for data that are float64, too. */
@@ -88,7 +90,7 @@ static inline fbn_channel_coef fbn_affine_of(double mean, double lo, double hi, 
     bool near = fabs(gain) > range->largest;
     double unit = far ? range->unit : near ? 1.0 / range->unit : 1.0;
     double scale = gain * (far ? 1.0 / range->unit : near ? range->unit : 1.0);
-    fbn_channel_coef c = {.unit = unit, .neg_mean = -(hi * unit), .gain = gain};
+    fbn_channel_coef c = {.unit = unit, .neg_mean = -(hi * unit), .gain = gain, .deviation = deviation};
     c.scale = fabs(scale) < range->smallest ? 0.0 : scale;
     c.shift = bias - (rest == 0.0 ? 0.0 : rest * gain);
     return c;
@@ -106,6 +108,12 @@ static inline void fbn_backward_of(fbn_channel_coef *c, double mean, double lo, 
     double offset = c->gain * (((mean - hi) + lo) * slope - sum_dy / n);
     c->slope = none ? 0.0 : -slope / c->unit;
     c->offset = none ? 0.0 : offset;
+}
+
+/* The gradient of the weight, sum dz * xhat: for batch statistics xhat is 0 in a constant channel, for any eps. */
+static inline double fbn_weight_gradient(double sum_dy_xmu, double deviation, bool batch)
+{
+    return batch && deviation == 0.0 ? 0.0 : sum_dy_xmu / deviation;
 }
 
 /* A pivot must not turn finite neighbours into NaN. */

@@ -26,10 +26,12 @@ typedef struct {
 /* The order of the seven arrays where they lie in one block of memory. The first four are all that a forward needs. */
 enum { FBN_UNIT, FBN_NEG_MEAN, FBN_SCALE, FBN_SHIFT, FBN_SLOPE, FBN_GAIN, FBN_OFFSET, FBN_COEF_COUNT };
 
-/* The sums of a backward, where there are some. */
+/* The sums of a backward, where there are some; and where the gradient of the weight, which follows from them, goes: it
+ * may be written over them, and may be NULL. */
 typedef struct {
     const double *sum_dy, *sum_dy_xmu;
     double count;
+    double *grad_weight;
 } fbn_backward_sums;
 
 /* An activation passes z in (0, upper), is constant above, and multiplies by `negative` below. */

@@ -380,7 +380,8 @@ static fbn_status fuzz_forward(source *s, call *c)
     uint8_t *gate = take_gate(s, c, true);
     take_affine(s, c, false);
     fbn_moments out = take_moments(s, c);
-    return fbn_forward(&c->g, x, other, y, gate, &c->affine, c->act, c->threads, &out);
+    double *var = take_channels(s, c, true, true);
+    return fbn_forward(&c->g, x, other, y, gate, &c->affine, c->act, c->threads, &out, var);
 }
 
 static fbn_status fuzz_normalize(source *s, call *c)
@@ -453,10 +454,10 @@ static fbn_status fuzz_backward(source *s, call *c)
     const fbn_tensor *dresidual = take_optional(s, c, &extra, true);
     const uint8_t *gate = take_gate(s, c, false);
     take_affine(s, c, true);
-    double *sum_dy = take_channels(s, c, true, true);
-    double *sum_dy_xmu = take_channels(s, c, true, true);
-    return fbn_backward(&c->g, x, dy, dx, dresidual, gate, &c->affine, c->act, take(s) % 2 == 0, c->threads, sum_dy,
-                        sum_dy_xmu);
+    double *grad_bias = take_channels(s, c, true, true);
+    double *grad_weight = take_channels(s, c, true, true);
+    return fbn_backward(&c->g, x, dy, dx, dresidual, gate, &c->affine, c->act, take(s) % 2 == 0, c->threads, grad_bias,
+                        grad_weight);
 }
 
 static fbn_status fuzz_copy(source *s, call *c)

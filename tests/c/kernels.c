@@ -440,9 +440,18 @@ static void draw_coefs_call(call *c, int64_t channels, rng *r)
         p[7] &= 0x7f; /* a variance is not negative */
     }
     c->affine = (fbn_affine){given[0], given[2], given[1], given[3], given[4], rng_one_in(r, 4) ? 0.0 : 1e-5};
-    c->sums = (fbn_backward_sums){given[5], given[6], rng_one_in(r, 4) ? 0.0 : (double)rng_between(r, 1, 1000)};
+    c->sums = (fbn_backward_sums){given[5], given[6], rng_one_in(r, 4) ? 0.0 : (double)rng_between(r, 1, 1000), NULL};
     if (rng_one_in(r, 2)) {
         c->sums.sum_dy = NULL;
+    } else if (!rng_one_in(r, 4)) {
+        matrix gradient = matrix_make(&the_memory.stats[1], FBN_F64, 1, channels, 0, c->where, r);
+        const bool over = rng_one_in(r, 2);
+        if (over) {
+            matrix_fill(&gradient, c->kind, r);
+            c->sums.sum_dy_xmu = (const double *)(const void *)gradient.data;
+        }
+        c->sums.grad_weight = (double *)(void *)gradient.data;
+        output_add(c, gradient, over);
     }
     c->last = channels;
     c->first = channels == 0 || rng_one_in(r, 2) ? 0 : rng_below(r, channels);

@@ -23,7 +23,7 @@ typedef enum { MOMENTS, FORWARD, NORMALIZE, APPLY, REDUCE, BACKWARD_APPLY, BACKW
 typedef struct {
     void *y, *extra;
     uint8_t *gate;
-    double *stats[3];
+    double *stats[4];
     size_t bytes, gate_bytes, channels;
 } results;
 
@@ -58,7 +58,7 @@ static results results_make(const problem *p)
     r.y = allocate(r.bytes);
     r.extra = allocate(r.bytes);
     r.gate = allocate(r.gate_bytes);
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 4; i++) {
         r.stats[i] = allocate(r.channels * sizeof(double));
     }
     return r;
@@ -69,7 +69,7 @@ static void results_free(results *r)
     free(r->y);
     free(r->extra);
     free(r->gate);
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 4; i++) {
         free(r->stats[i]);
     }
 }
@@ -78,7 +78,7 @@ static bool results_equal(const results *a, const results *b)
 {
     bool same = memcmp(a->y, b->y, a->bytes) == 0 && memcmp(a->extra, b->extra, a->bytes) == 0 &&
                 memcmp(a->gate, b->gate, a->gate_bytes) == 0;
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 4; i++) {
         same = same && memcmp(a->stats[i], b->stats[i], a->channels * sizeof(double)) == 0;
     }
     return same;
@@ -99,7 +99,7 @@ static fbn_status run(const problem *p, entry e, int threads, results *r)
     uint8_t *gate = p->gate == NULL ? NULL : r->gate;
     switch (e) {
     case MOMENTS: return fbn_moments_of(g, p->x, threads, &moments);
-    case FORWARD: return fbn_forward(g, p->x, residual, y, gate, &p->affine, p->act, threads, &moments);
+    case FORWARD: return fbn_forward(g, p->x, residual, y, gate, &p->affine, p->act, threads, &moments, r->stats[3]);
     case NORMALIZE: return fbn_normalize(g, p->x, residual, y, gate, &p->affine, p->act, threads);
     case APPLY: return fbn_apply(g, p->x, residual, y, gate, p->prepared, p->act, threads);
     case REDUCE:

@@ -94,19 +94,18 @@ static void check_shape(fbn_op op, int64_t outer, int64_t channels, int64_t inne
     counting = true;
     const fbn_status status =
         backward ? fbn_backward(&g, x, other, y, NULL, gate, &affine, act, true, 1, sums[0], sums[1])
-                 : fbn_forward(&g, x, gated ? &other : NULL, y, gate, &(fbn_affine){0}, act, 1, &moments);
+                 : fbn_forward(&g, x, gated ? &other : NULL, y, gate, &(fbn_affine){0}, act, 1, &moments, sums[0]);
     counting = false;
     check(status == FBN_OK && plan.turn > 0 && afterwards > 0, "%s: no turns", name); /* the last slab is left */
     check(fine || !plan.beside, "%s: by turns, not side by side", name);
     const int64_t by_turns = elements - afterwards;
     /* The same numbers from what was summed. */
     if (backward) {
+        fbn_backward_reduce(&g, x, other, gate, &affine, act, 1, sums[0], sums[1]);
         fbn_backward_apply(&g, x, other, expected, NULL, gate, &affine, act, sums[0], sums[1], (double)(outer * inner),
                            1);
     } else {
-        for (int64_t c = 0; c < channels; c++) {
-            moments.m2[c] /= (double)moments.count;
-        }
+        memcpy(moments.m2, sums[0], (size_t)channels * sizeof(double)); /* the variance */
         fbn_normalize(&g, x, gated ? &other : NULL, expected, gate, &affine, act, 1);
     }
     check(memcmp(y.data, expected.data, (size_t)elements * sizeof(float)) == 0, "%s: another result", name);
