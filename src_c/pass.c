@@ -40,10 +40,10 @@ static bool fbn_adjacent(const fbn_geometry *g, const fbn_tensor *t)
     return t->data == NULL || (g->family == FBN_ROWS ? t->channel_stride == g->inner : t->outer_stride == g->channels);
 }
 
-static bool fbn_lines_up(const fbn_geometry *g, const fbn_tensor *t, bool gated)
+static bool fbn_lines_up(const fbn_geometry *g, const fbn_tensor *t, bool on_lines)
 {
     const int64_t steps = t->outer_stride | (fbn_adjacent(g, t) ? 0 : t->channel_stride);
-    const uintptr_t begins = gated ? (uintptr_t)t->data : 0;
+    const uintptr_t begins = on_lines ? (uintptr_t)t->data : 0;
     return (begins | (uintptr_t)steps * (uintptr_t)fbn_dtype_size(g->dtype)) % FBN_LINE == 0;
 }
 
@@ -65,7 +65,7 @@ bool fbn_pass_ready(fbn_pass *pass, const fbn_geometry *g, fbn_act act, fbn_op o
     }
     pass->g = *g;
     pass->kernels = fbn_kernels_for(g->dtype);
-    call.aligned = fbn_lines_up(g, &pass->y, call.gated);
+    call.aligned = fbn_lines_up(g, &pass->y, call.gated || !pass->kernels->beside_off_lines);
     call.beside = fbn_goes_beside(pass->kernels, pass->backward);
     pass->plan = fbn_make_plan(g, &call, fbn_this_machine());
     pass->rule = (fbn_gate_rule){.kind = (int)act.kind,

@@ -28,7 +28,8 @@ typedef struct {
     int threads;   /* the most that may be used */
     bool gated;    /* a gate is read or written */
     bool adjacent; /* rows: planes of neighbouring channels touch; cols: rows touch. In every tensor of the call */
-    bool aligned;  /* rows: runs of the result begin at one place of a cache line; with a gate, at its beginning */
+    bool aligned;  /* rows: runs of the result begin at one place of a cache line; at its beginning, where a gate or the
+                    * kernels ask for it */
     bool beside;   /* there are kernels that apply a slab side by side with the sums of another */
     int tensors;   /* that are read or written */
 } fbn_call;

@@ -142,8 +142,9 @@ static inline int64_t fbn_lines_bytes(int64_t channels, int64_t inner, bool wide
 #define FBN_FIELD(op, args) void(*op) args;
 typedef struct {
     FBN_OPS(FBN_FIELD)
-    /* Whether a slab can be applied side by side with moments, and with the sums of a backward. */
-    bool beside_moments, beside_gradients;
+    /* Whether a slab can be applied side by side with moments, and with the sums of a backward; and if so, also where
+     * the runs of its result do not begin with a cache line. */
+    bool beside_moments, beside_gradients, beside_off_lines;
 } fbn_kernels;
 #undef FBN_FIELD
 
