@@ -317,8 +317,8 @@ def test_slabs_are_even(dtype):
 
 def test_what_an_apply_step_covers():
     """Red with a step that cuts a line or a word of the gate in two, panels that are not shared among the threads,
-    images that are not, or one at a time, rows that are not, or whose coefficients L1 does not keep, or turns of another
-    size.
+    images that are not, or one at a time, rows that are not, or whose coefficients L1 does not keep, or turns of
+    another size.
     """
     machine = {"l2": 1 << 20, "l3": 1 << 30}
     sizes = itertools.product(["forward", "normalize"], [3, 500, 4096], [7, 49, 784, 3001, 65537])
