@@ -89,7 +89,7 @@ fbn_status fbn_backward_apply(const fbn_geometry *g, fbn_tensor x, fbn_tensor dy
                               const double *sum_dy, const double *sum_dy_xmu, double count, int threads);
 
 /* Both, slab by slab while the slab is in cache. training selects count = outer * inner, else 0. The gradients of bias
- * and weight are the sums, the second of them divided by sqrt(var + eps). */
+ * and weight are the sums, the second of them divided by sqrt(var + eps); 0 where that is 0 in training. */
 fbn_status fbn_backward(const fbn_geometry *g, fbn_tensor x, fbn_tensor dy, fbn_tensor dx, const fbn_tensor *dresidual,
                         const uint8_t *gate, const fbn_affine *affine, fbn_act act, bool training, int threads,
                         double *grad_bias, double *grad_weight);

@@ -319,8 +319,8 @@ static void fbn_apply_planes(fbn_walk *w, int64_t unit)
     fbn_apply_block(w->pass, &k, row, rows, c, wide * g->inner, 0, w->ahead);
 }
 
-/* The cols family: whole rows while they are short; pieces of one row, each a multiple of 16 channels, where it is
- * long. Where the plan has panels, that many adjacent rows are one. */
+/* The cols family: some rows, or the same piece of each where they are long. Where the plan has panels, that many
+ * adjacent rows are one, and not long. */
 static void fbn_apply_rows(fbn_walk *w, int64_t unit)
 {
     const fbn_plan *plan = &w->pass->plan;

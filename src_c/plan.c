@@ -40,10 +40,12 @@ const fbn_machine *fbn_this_machine(void) { return &fbn_machine_now; }
 int64_t fbn_dtype_size(fbn_dtype dtype) { return dtype == FBN_F64 ? 8 : dtype == FBN_F32 ? 4 : 2; }
 
 /* How much of a tensor one step of an apply walk covers: small enough to share, large enough to call a kernel for.
- * Elements of a run; images of a panel; bytes of rows, at most and unless they are shared. A row's columns, of which L1
- * is to keep the coefficients. And where walks take turns, elements: stores are to drain while the other reads. */
+ * Elements of a run, and what pieces of it are multiples of; images of a panel; bytes of rows, at most, and at least
+ * where threads share them. A row's columns, of which L1 is to keep the coefficients. And where walks take turns,
+ * elements: stores are to drain while the other reads. */
 enum {
     FBN_PIECE = 1 << 16,
+    FBN_EVEN = 32,
     FBN_PANEL_TILE = 8,
     FBN_ROWS_MOST = 1 << 19,
     FBN_ROWS_LEAST = 1 << 16,
@@ -70,6 +72,8 @@ enum {
     FBN_CACHE_LINE = 64
 };
 _Static_assert(FBN_TILE % 16 == 0, "a tile begins with a word of the gate");
+_Static_assert(FBN_EVEN % 16 == 0 && FBN_EVEN * 2 % FBN_CACHE_LINE == 0, "so does a piece, and with a cache line");
+_Static_assert(FBN_PANEL_WIDTH + FBN_PANEL_BYTES / 2 <= FBN_COLUMNS, "a row of panels is one piece");
 
 static int64_t fbn_bytes(const fbn_geometry *g) { return g->outer * g->channels * g->inner * fbn_dtype_size(g->dtype); }
 
@@ -177,12 +181,23 @@ static int64_t fbn_choose_panel(const fbn_geometry *g, const fbn_plan *plan, boo
                      plan->slab != 0 ? plan->slab : g->channels);
 }
 
+/* Of a backward's wide rows L1 does not keep the coefficients, 32 KB at 2048 channels of float32: it takes 4.3 copies
+ * whole, 3.2 in two pieces. That is worth it where enough rows share a piece and no cache line is cut in two; a forward
+ * has less coefficients, and narrower pieces are bad for memory. */
+static int64_t fbn_choose_pieces(const fbn_geometry *g, const fbn_call *call, const fbn_plan *plan, int64_t run)
+{
+    const bool backward = call->op == FBN_PLAN_BACKWARD || call->op == FBN_PLAN_APPLY;
+    const bool lines = run * fbn_dtype_size(g->dtype) % FBN_CACHE_LINE == 0;
+    const bool wide = run >= 2 * FBN_COLUMNS && plan->side >= FBN_PANEL_ROWS;
+    return backward && lines && wide ? run / FBN_COLUMNS : fbn_ceil_div(run, FBN_PIECE);
+}
+
 /* What one step of an apply walk covers: a call of a kernel costs as much as some short planes. */
-static void fbn_choose_step(const fbn_geometry *g, fbn_plan *plan)
+static void fbn_choose_step(const fbn_geometry *g, const fbn_call *call, fbn_plan *plan)
 {
     const int64_t parts = plan->slab != 0 ? 1 : plan->team;
     int64_t run = g->inner;
-    int64_t longest = FBN_PIECE;
+    int64_t pieces = fbn_ceil_div(run, FBN_PIECE);
     plan->images = 1;
     if (g->family == FBN_COLS) {
         int64_t fold = plan->panel > 0 ? plan->panel : 1;
@@ -190,8 +205,8 @@ static void fbn_choose_step(const fbn_geometry *g, fbn_plan *plan)
         int64_t bytes =
             parts > 1 ? fbn_clamp(fbn_bytes(g) / (parts * 16), FBN_ROWS_LEAST, FBN_ROWS_MOST) : FBN_ROWS_MOST;
         run = g->channels * fold;
-        longest = FBN_COLUMNS;
         plan->side = fbn_clamp(bytes / (run * fbn_dtype_size(g->dtype)), 1, rows);
+        pieces = fbn_choose_pieces(g, call, plan, run);
     } else if (plan->panel > 0) {
         plan->side = plan->panel;
         plan->piece = fbn_clamp(parts > 1 ? FBN_PANEL_TILE : g->outer, 1, g->outer);
@@ -206,7 +221,7 @@ static void fbn_choose_step(const fbn_geometry *g, fbn_plan *plan)
                 fbn_clamp(FBN_PIECE / (most * g->inner), 1, fbn_max(g->outer / (parts > 1 ? parts * 4 : 1), 1));
         }
     }
-    plan->piece = fbn_ceil_div(fbn_ceil_div(run, fbn_ceil_div(run, longest)), 16) * 16;
+    plan->piece = fbn_ceil_div(fbn_ceil_div(run, pieces), FBN_EVEN) * FBN_EVEN;
 }
 
 /* Where hardware follows runs it fetches them. Elsewhere what the last-level cache holds comes as fast without; and so
@@ -258,7 +273,7 @@ static fbn_plan fbn_plan_as(const fbn_geometry *g, const fbn_call *call, const f
     if (call->adjacent && !call->gated) {
         plan.panel = fbn_choose_panel(g, &plan, large);
     }
-    fbn_choose_step(g, &plan);
+    fbn_choose_step(g, call, &plan);
     /* A gate is written in words, which begin with every plane; it may be read from anywhere. */
     const bool joined = call->adjacent && (!call->gated || call->op == FBN_PLAN_BACKWARD || call->op == FBN_PLAN_APPLY);
     int64_t run = (g->family == FBN_ROWS ? g->inner : g->channels) * size;

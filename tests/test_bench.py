@@ -312,6 +312,7 @@ def test_full_has_all_there_is():
         *((["--seconds", n], "seconds, finite and not negative") for n in ("nan", "-1", "inf", "1e999", "x")),
         (["--json", str(ROOT / "nowhere" / "found.json")], "found.json cannot be written: there is no folder"),
         (["--picture", str(ROOT / "nowhere" / "found.png")], "found.png cannot be written: there is no folder"),
+        (["--picture", "found.xyz"], "found.xyz cannot be drawn: a picture's name ends with .png, .svg or .pdf"),
         (["--markdown", str(ROOT / "nowhere")], "nowhere cannot be read"),
         (["--shapes", "tiny", "--markdown", str(ROOT / "README.md")], "no chosen shape is large enough"),
         (["--peers", "caffe"], "invalid choice: 'caffe'"),

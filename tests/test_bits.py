@@ -342,15 +342,21 @@ def test_what_an_apply_step_covers():
             assert p["slab"] or p["team"] == 1 or p["team"] * 4 * p["images"] <= 64
     for channels, inner, images in ((4096, 49, 64), (4096, 784, 64), (64, 12544, 5)):
         assert _native.plan("backward", "float32", "rows", 64, channels, inner, 1, machine=machine)["images"] == images
-    for rows, channels, threads in itertools.product([100, 10_000], [10, 1000, 100_000], [1, 2, 64]):
-        p = _native.plan("normalize", "float32", "cols", rows, channels, 1, threads, machine=machine)
+    wide = [10, 1000, 1040, 2047, 2048, 2050, 3000, 4096, 10_000, 100_000]
+    sizes = itertools.product(["normalize", "apply", "forward", "backward"], [100, 10_000], wide, [1, 2, 64], [2, 4])
+    for op, rows, channels, threads, size in sizes:
+        dtype = {2: "float16", 4: "float32"}[size]
+        p = _native.plan(op, dtype, "cols", rows, channels, 1, threads, machine=machine)
         run = channels * max(p["panel"], 1)
-        least = rows * channels * 4 // (16 * p["team"])  # so that threads have about as much as one another
+        least = rows * channels * size // (16 * p["team"])  # so that threads have about as much as one another
         most = 1 << 19 if p["team"] == 1 else min(max(least, 1 << 16), 1 << 19)
-        assert p["piece"] % 16 == 0
-        assert min(run, 512) <= p["piece"] <= 1024, "L1 keeps the coefficients"
-        assert p["side"] == 1 or p["side"] * run * 4 <= most
-        assert (p["side"] + 1) * run * 4 > most or p["side"] == rows // max(p["panel"], 1)
+        assert p["side"] == 1 or p["side"] * run * size <= most
+        assert (p["side"] + 1) * run * size > most or p["side"] == rows // max(p["panel"], 1)
+        assert p["piece"] % 32 == 0, "a cache line of any dtype, and a word of the gate"
+        if op in ("apply", "backward") and p["side"] >= 8 and run >= 2048 and run * size % 64 == 0:
+            assert 1024 <= p["piece"] <= 1536, "L1 keeps the coefficients"
+        else:
+            assert p["piece"] >= min(run, 1 << 15), "rows are whole"
 
 
 @pytest.mark.parametrize("planes", ["long", "words", "even", "short", "tiny"])

@@ -135,6 +135,8 @@ def bench(args: argparse.Namespace) -> int:
     for path in filter(None, (args.json, args.picture)):
         if not path.parent.is_dir():
             raise SystemExit(f"{path} cannot be written: there is no folder {path.parent}")
+    if args.picture and args.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise SystemExit(f"{args.picture} cannot be drawn: a picture's name ends with .png, .svg or .pdf")
     if args.markdown:
         try:
             page = args.markdown.read_text()
