@@ -984,7 +984,7 @@ cdef void reverse(char *bytes, size_t n) noexcept:
         bytes[i], bytes[n - 1 - i] = bytes[n - 1 - i], bytes[i]
 
 
-cdef bint update_running(cnp.ndarray mean, cnp.ndarray var, double factor, const fbn_moments *stats,
+cdef bint update_running(cnp.ndarray mean, cnp.ndarray var, double factor, fbn_moments *stats,
                          Py_ssize_t channels, bint guard) noexcept:
     """Moves both, the variance by the unbiased one; or neither, and returns False, where `guard` finds a statistic of the
     batch that is not finite in the dtype of the running one. The sums of squares become those variances.
@@ -992,8 +992,9 @@ cdef bint update_running(cnp.ndarray mean, cnp.ndarray var, double factor, const
     cdef double rest = <double>stats.count - 1.0
     cdef double *unbiased = stats.m2
     cdef Py_ssize_t i
-    for i in range(channels):
-        unbiased[i] /= rest
+    if var is not None:
+        for i in range(channels):
+            unbiased[i] /= rest
     if guard:
         for i in range(channels):
             if not (holds(mean, stats.mean[i]) and holds(var, unbiased[i])):
